@@ -1,0 +1,1 @@
+"""Dataset scripts: one builder per corpus, and the schema they share."""

@@ -1,0 +1,69 @@
+"""Reference losses of masked-gene prediction: what the corpus' statistics alone would give.
+
+A model that has learned anything about cells must beat the frequency of genes (unigram), and one that has learned more
+than where in a cell a gene tends to stand must beat the frequency at each rank (rank-binned unigram).
+
+All in nats per gene. Both references are fitted on training cells and scored on every gene of other cells.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+Cells = Iterable[Sequence[int]]
+
+
+def unigram_cross_entropy(
+    train: Cells, validation: Cells, gene_token_ids: np.ndarray, *, pseudocount: float = 1.0
+) -> float:
+    """Mean -log p(gene), p being the training frequency.
+
+    train, validation  token ids of each cell, in order of rank; special tokens are left out
+    gene_token_ids     (genes,) ascending
+    pseudocount        added to the count of every gene, so that an unseen one has a probability
+    """
+    _, genes = _bins_and_genes(validation, gene_token_ids, 1)
+    frequency = _frequency(_bins_and_genes(train, gene_token_ids, 1)[1], len(gene_token_ids), pseudocount)
+    return float(-np.log(frequency[genes]).mean())
+
+
+def rank_binned_cross_entropy(
+    train: Cells,
+    validation: Cells,
+    gene_token_ids: np.ndarray,
+    *,
+    n_bins: int = 20,
+    pseudocount: float = 1.0,
+    backoff: float = 200.0,
+) -> float:
+    """Mean -log p(gene | bin of its rank), ranks being relative to the cell's number of genes.
+
+    n_bins   equal parts of a cell's ranking
+    backoff  weight, in genes, of the overall frequency mixed into each bin's: a bin holds few genes of each kind
+    The other arguments are those of `unigram_cross_entropy`. On PBMC and Genecorpus-30M these defaults are within
+    0.01 nats of the best of 4 to 120 bins and 20 to 10,000 genes of backoff.
+    """
+    n_genes = len(gene_token_ids)
+    train_bins, train_genes = _bins_and_genes(train, gene_token_ids, n_bins)
+    bins, genes = _bins_and_genes(validation, gene_token_ids, n_bins)
+    overall = _frequency(train_genes, n_genes, pseudocount)
+    counts = np.zeros((n_bins, n_genes))
+    np.add.at(counts, (train_bins, train_genes), 1)
+    in_bin = counts.sum(axis=1)
+    return float(-np.log((counts[bins, genes] + backoff * overall[genes]) / (in_bin[bins] + backoff)).mean())
+
+
+def _frequency(genes: np.ndarray, n_genes: int, pseudocount: float) -> np.ndarray:
+    counts = np.bincount(genes, minlength=n_genes) + pseudocount
+    return counts / counts.sum()
+
+
+def _bins_and_genes(cells: Cells, gene_token_ids: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rank bin and position in gene_token_ids of every gene of every cell."""
+    bins, genes = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    for cell in cells:
+        tokens = np.asarray(cell)
+        tokens = tokens[tokens >= gene_token_ids[0]]
+        genes.append(np.searchsorted(gene_token_ids, tokens))
+        bins.append(np.arange(len(tokens)) * n_bins // max(len(tokens), 1))
+    return np.concatenate(bins), np.concatenate(genes)

@@ -1,0 +1,1 @@
+"""The models, one self-contained folder per method."""

@@ -1,0 +1,29 @@
+"""Geneformer: a BERT encoder over rank-value tokens (Theodoris et al., Nature 2023).
+
+Lazy, because transformers asks for the configuration while its model base classes are half-way imported.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .configuration_geneformer import PRESETS as PRESETS
+    from .configuration_geneformer import GeneformerConfig as GeneformerConfig
+    from .modeling_geneformer import GeneformerForMaskedLM as GeneformerForMaskedLM
+    from .modeling_geneformer import GeneformerModel as GeneformerModel
+    from .modeling_geneformer import GeneformerPreTrainedModel as GeneformerPreTrainedModel
+
+_HOME = {
+    "PRESETS": "configuration_geneformer",
+    "GeneformerConfig": "configuration_geneformer",
+    "GeneformerForMaskedLM": "modeling_geneformer",
+    "GeneformerModel": "modeling_geneformer",
+    "GeneformerPreTrainedModel": "modeling_geneformer",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,40 @@
+"""Single-cell genomics as language: models, tokenizers and tools that load with transformers' Auto classes.
+
+Importing this package registers its classes with `AutoConfig`, `AutoModel`, `AutoModelFor...` and `AutoTokenizer`.
+Everything is imported on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import registration as _registration
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "GeneformerConfig": "modeling.geneformer",
+    "GeneformerForMaskedLM": "modeling.geneformer",
+    "GeneformerModel": "modeling.geneformer",
+    "RankValueTokenizer": "tokenization.rank_value",
+    "embed_cells": "embedding",
+}
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from .embedding import embed_cells as embed_cells
+    from .modeling.geneformer import GeneformerConfig as GeneformerConfig
+    from .modeling.geneformer import GeneformerForMaskedLM as GeneformerForMaskedLM
+    from .modeling.geneformer import GeneformerModel as GeneformerModel
+    from .tokenization.rank_value import RankValueTokenizer as RankValueTokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'cellglot' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

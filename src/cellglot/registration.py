@@ -1,0 +1,103 @@
+"""Registers cellglot's classes with transformers' Auto classes.
+
+transformers has no entry points: a class is known only once somebody registers it, which needs the class and with it torch
+(three seconds). So that `import cellglot` stays cheap, each Auto module is filled in right after somebody imports it, and
+models by name only, as transformers does for its own. A model class cannot be imported at that moment: transformers
+imports its Auto modules while its own model base classes are half-way imported.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+
+class Method(NamedTuple):
+    """What a method registers. `package` is relative to cellglot and lazy; `models` maps Auto class to model class."""
+
+    package: str
+    config: str
+    models: dict[str, str]
+    tokenizer: tuple[str, str]
+
+
+METHODS = {
+    "geneformer": Method(
+        "modeling.geneformer",
+        "GeneformerConfig",
+        {"AutoModel": "GeneformerModel", "AutoModelForMaskedLM": "GeneformerForMaskedLM"},
+        ("tokenization.rank_value", "RankValueTokenizer"),
+    ),
+}
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _register_configs(configuration_auto: Any) -> None:
+    for model_type, method in METHODS.items():
+        config = getattr(_module(method.package), method.config)
+        configuration_auto.AutoConfig.register(model_type, config, exist_ok=True)
+
+
+def _register_models(modeling_auto: Any) -> None:
+    for model_type, method in METHODS.items():
+        for auto_name, class_name in method.models.items():
+            mapping = getattr(modeling_auto, auto_name)._model_mapping
+            # `AutoModel.register` would need the class itself. These are the tables it looks its own models up in.
+            mapping._modules[model_type] = _module(method.package)
+            mapping._reverse_config_mapping[method.config] = model_type
+            mapping._model_mapping[model_type] = class_name
+
+
+def _register_tokenizers(tokenization_auto: Any) -> None:
+    for method in METHODS.values():
+        config = getattr(_module(method.package), method.config)
+        module, name = method.tokenizer
+        tokenizer = getattr(_module(module), name)
+        tokenization_auto.AutoTokenizer.register(config, fast_tokenizer_class=tokenizer, exist_ok=True)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Import hook: calls a function with a module right after it has been imported, once."""
+
+    def __init__(self, callbacks: dict[str, Callable[[Any], None]]):
+        self.callbacks = callbacks
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        callback = self.callbacks.pop(fullname, None)
+        if callback is None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_then_call(module: ModuleType) -> None:
+                execute(module)
+                callback(module)
+
+            spec.loader.exec_module = execute_then_call  # type: ignore[method-assign]
+        return spec
+
+
+def _register_when_imported() -> None:
+    auto = "transformers.models.auto"
+    callbacks: dict[str, Callable[[Any], None]] = {
+        f"{auto}.configuration_auto": _register_configs,
+        f"{auto}.modeling_auto": _register_models,
+        f"{auto}.tokenization_auto": _register_tokenizers,
+    }
+    for name in list(callbacks):
+        if name in sys.modules:
+            callbacks.pop(name)(sys.modules[name])
+    if callbacks:
+        sys.meta_path.insert(0, _AfterImport(callbacks))
+
+
+_register_when_imported()

@@ -1,0 +1,379 @@
+"""Raw counts from the files labs have, read in blocks of cells.
+
+`open_counts` turns an AnnData, an `.h5ad` (CSR, CSC or dense; X, a layer or `raw`), a `.loom`, a 10x `.h5` or a 10x `.mtx`
+folder into a `CountMatrix`. Files are never loaded whole: memory is bounded by the block. (An `.mtx` folder is text, and is.)
+
+Axis letters: n cells, g genes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from .gene_ids import GENE_ID_COLUMNS
+
+CELLS_PER_BLOCK = 1024
+# Non-zeros of a CSC file gathered per pass: 12 bytes each, so about 400 MB at the most.
+CSC_VALUES_PER_PASS = 32_000_000
+
+
+@dataclass
+class CountMatrix:
+    """Counts of `n_cells` cells over the genes of `var`, with `read(start, stop)` for a range of cells.
+
+    name  what to call it in a message (a path, or "AnnData")
+    obs   (n_cells,) pandas DataFrame, cell annotations, cell names as index
+    var   (n_genes,) pandas DataFrame, gene annotations, gene names as index
+    read  (start, stop) -> (stop - start, n_genes) CSR matrix or dense array, as stored
+    """
+
+    name: str
+    obs: Any
+    var: Any
+    read: Callable[[int, int], Any]
+    # Where else counts could be, for error messages: name -> reader
+    other_matrices: dict[str, Callable[[int, int], Any]]
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.obs)
+
+    @property
+    def n_genes(self) -> int:
+        return len(self.var)
+
+    def blocks(
+        self, cells: np.ndarray | None = None, cells_per_block: int = CELLS_PER_BLOCK
+    ) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:
+        """(cell positions, counts as CSR) in file order, of all cells or of those marked in a boolean mask."""
+        for start in range(0, self.n_cells, cells_per_block):
+            stop = min(start + cells_per_block, self.n_cells)
+            wanted = np.arange(start, stop) if cells is None else start + np.flatnonzero(cells[start:stop])
+            if len(wanted):
+                with _named_read_errors(self.name):
+                    block = sp.csr_matrix(self.read(start, stop))
+                yield wanted, block if len(wanted) == stop - start else block[wanted - start]
+
+    def gene_names(self, column: str | None = None) -> list[str]:
+        """Gene identifiers: those of a column of `var`, or of the first of `GENE_ID_COLUMNS` there is, else the index."""
+        if column is not None and column not in self.var:
+            raise ValueError(f"{self.name}: var has no column {column!r}; it has {', '.join(map(str, self.var)) or 'none'}.")
+        column = column or next((name for name in GENE_ID_COLUMNS if name in self.var), None)
+        return [str(name) for name in (self.var.index if column is None else self.var[column])]
+
+    def cell_totals(self, cells: np.ndarray, counts_ng: sp.csr_matrix, *, check: bool = True) -> np.ndarray:
+        """Total counts of each cell of a block over ALL its genes: obs["n_counts"] where present, else the row sum.
+
+        Returns  (cells of the block,) float64
+        Raises   ValueError where n_counts is not a number, zero, or smaller than the row's sum (float32 rounding apart)
+        """
+        sums = np.asarray(counts_ng.sum(axis=1, dtype=np.float64)).ravel()
+        if "n_counts" not in self.obs:
+            return sums
+        totals = self.obs["n_counts"].to_numpy(dtype=np.float64, na_value=np.nan)[cells]
+        bad = ~(totals >= sums * (1 - 1e-6)) | ((totals == 0) & (sums > 0)) if check else ~(totals > 0) & (sums > 0)
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise ValueError(
+                f"{self.name}: obs['n_counts'] of cell {str(self.obs.index[cells[row]])!r} is {totals[row]:g}, smaller "
+                f"than the sum of its counts ({sums[row]:g}); {int(bad.sum()):,} such cells in this block. It must be the "
+                "total over all genes before any was dropped: correct the column, or delete it to use the sums."
+            )
+        return totals
+
+    def looks_raw(self, read: Callable[[int, int], Any] | None = None, n_cells: int = 64) -> bool:
+        """Whether the first cells hold non-negative integers only, and some value above zero."""
+        values = sp.csr_matrix((read or self.read)(0, min(n_cells, self.n_cells))).data
+        return bool(len(values)) and bool(np.all((values >= 0) & (values == np.rint(values)))) and values.max() > 0
+
+    def raw_alternatives(self) -> list[str]:
+        """Names of the other matrices here that look like raw counts."""
+        return [name for name, read in self.other_matrices.items() if self.looks_raw(read)]
+
+
+@contextlib.contextmanager
+def open_counts(source: Any, *, layer: str | None = None) -> Iterator[CountMatrix]:
+    """The count matrix of an AnnData or file, open while the context lasts.
+
+    source  AnnData, CountMatrix, or path of an `.h5ad`, `.loom`, 10x `.h5` file or 10x `.mtx` folder
+    layer   None for X, "raw" for `raw`, else a name in `layers`
+    Raises  FileNotFoundError, OSError (truncated or corrupt file), ValueError (unknown layer or format)
+    """
+    if isinstance(source, CountMatrix):
+        yield source
+        return
+    if hasattr(source, "obs_names") and hasattr(source, "var_names"):
+        yield _from_anndata(source, layer)
+        return
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"Expected an AnnData or the path of a file with cells, found {type(source).__name__}. "
+            "Use encode_expression(counts, gene_ids) for NumPy or SciPy matrices."
+        )
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if path.is_dir():
+        if layer is not None:
+            raise ValueError(f"{path} is a 10x folder, which has no layers, but layer={layer!r} was asked for.")
+        yield _from_10x_folder(path)
+        return
+    readers = {".h5ad": _from_h5ad, ".loom": _from_loom, ".h5": _from_10x_h5}
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: expected one of {', '.join(readers)} or a 10x .mtx folder, found {path.suffix!r}.")
+    import h5py
+
+    with _named_read_errors(path), h5py.File(path, "r") as file:
+        matrix = readers[path.suffix](file, layer)
+        matrix.name = str(path)
+        yield matrix
+
+
+@contextlib.contextmanager
+def _named_read_errors(path: Any) -> Iterator[None]:
+    """Low-level read failures as one OSError that names the file."""
+    try:
+        yield
+    except (OSError, KeyError) as error:
+        if isinstance(error, FileNotFoundError) or "truncated or corrupt" in str(error):
+            raise
+        raise OSError(
+            f"{path} cannot be read: truncated or corrupt, or not in the format its name says ({error}). "
+            "Compare its size with the source and fetch it again."
+        ) from error
+
+
+def _pick_layer(name: str, layer: str | None, x: Any, layers: dict[str, Any], raw: Any) -> Any:
+    """The chosen matrix among X (None), `raw` and the layers."""
+    if layer is None and x is not None:
+        return x
+    if layer == "raw" and raw is not None:
+        return raw
+    if layer in layers:
+        return layers[layer]
+    present = [*(["X"] if x is not None else []), *layers, *(["raw"] if raw is not None else [])]
+    raise ValueError(f"{name} has no {'X' if layer is None else f'layer {layer!r}'}; it has {', '.join(present)}.")
+
+
+def _others(layer: str | None, x: Any, layers: dict[str, Any], raw: Any) -> dict[str, Callable[[int, int], Any]]:
+    matrices = {"X": x, "raw": raw, **layers}
+    return {k: v for k, v in matrices.items() if v is not None and k != ("X" if layer is None else layer)}
+
+
+def _from_anndata(adata: Any, layer: str | None) -> CountMatrix:
+    def reader(matrix: Any) -> Callable[[int, int], Any] | None:
+        if matrix is None:
+            return None
+        # In memory, slicing CSC by cells costs a pass over all values for every block; one conversion does it once.
+        rows = matrix.tocsr() if sp.issparse(matrix) and matrix.format != "csr" else matrix
+        return lambda start, stop: rows[start:stop]
+
+    layers = dict(adata.layers)
+    raw = adata.raw
+    chosen = _pick_layer("The AnnData", layer, adata.X, layers, None if raw is None else raw.X)
+    others = {
+        name: (lambda start, stop, m=matrix: m[start:stop])
+        for name, matrix in _others(layer, adata.X, layers, None if raw is None else raw.X).items()
+    }
+    read = reader(chosen)
+    assert read is not None
+    return CountMatrix("AnnData", adata.obs, adata.raw.var if layer == "raw" else adata.var, read, others)
+
+
+def _from_h5ad(file: Any, layer: str | None) -> CountMatrix:
+    from anndata.io import read_elem
+
+    def reader(element: Any) -> Callable[[int, int], Any] | None:
+        return None if element is None else _h5_reader(element)
+
+    x = file.get("X")
+    # X may be an empty placeholder (encoding "null") when the counts live in a layer.
+    x = None if x is not None and x.attrs.get("encoding-type") == "null" else x
+    layers = dict(file["layers"]) if "layers" in file else {}
+    raw = file.get("raw/X")
+    chosen = reader(_pick_layer(file.filename, layer, x, layers, raw))
+    assert chosen is not None
+    others = {name: _h5_reader(element) for name, element in _others(layer, x, layers, raw).items()}
+    return CountMatrix(
+        file.filename, read_elem(file["obs"]), read_elem(file["raw/var" if layer == "raw" else "var"]), chosen, others
+    )
+
+
+def _h5_reader(element: Any) -> Callable[[int, int], Any]:
+    """Reader of cell ranges of an AnnData matrix on disk: dense data set, CSR or CSC group."""
+    import h5py
+
+    if isinstance(element, h5py.Dataset):
+        return lambda start, stop: element[start:stop]
+    encoding = element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", "csr_matrix"))
+    encoding = encoding.decode() if isinstance(encoding, bytes) else encoding
+    shape = tuple(int(n) for n in element.attrs.get("shape", element.attrs.get("h5sparse_shape")))
+    read = _CSCRows if encoding.startswith("csc") else _CSRRows
+    return read(element["data"], element["indices"], element["indptr"], shape).read
+
+
+class _CSRRows:
+    """Cell ranges of a CSR matrix on disk: one contiguous read of values and of indices each."""
+
+    def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, ...]):
+        self.data, self.indices, self.shape = data, indices, shape
+        self._indptr_on_disk, self._indptr = indptr, None
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix:
+        if self._indptr is None:
+            self._indptr = self._indptr_on_disk[:].astype(np.int64)
+        first, last = int(self._indptr[start]), int(self._indptr[stop])
+        indptr = self._indptr[start : stop + 1] - first
+        return sp.csr_matrix((self.data[first:last], self.indices[first:last], indptr), (stop - start, self.shape[1]))
+
+
+class _CSCRows:
+    """Cell ranges of a CSC matrix on disk, which stores one gene after another.
+
+    A pass over the whole file gathers as many next cells as `values_per_pass` allows: small files take one pass, large
+    ones a few, and memory stays bounded.
+    """
+
+    values_per_read = 4_000_000
+
+    def __init__(
+        self, data: Any, indices: Any, indptr: Any, shape: tuple[int, ...], values_per_pass: int = CSC_VALUES_PER_PASS
+    ):
+        self.data, self.indices, self.indptr, self.shape = data, indices, indptr, shape
+        self.values_per_pass = values_per_pass
+        self._values_before_n: np.ndarray | None = None
+        self._start, self._rows = 0, sp.csr_matrix((0, shape[1]))
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix:
+        if start < self._start or stop > self._start + self._rows.shape[0]:
+            self._gather(start, stop)
+        return self._rows[start - self._start : stop - self._start]
+
+    def _gather(self, start: int, stop: int) -> None:
+        if self._values_before_n is None:
+            counts = np.zeros(self.shape[0] + 1, dtype=np.int64)
+            for first in range(0, len(self.indices), self.values_per_read):
+                cells = self.indices[first : first + self.values_per_read]
+                counts[1:] += np.bincount(cells, minlength=self.shape[0])
+            self._values_before_n = np.cumsum(counts)
+        before = self._values_before_n
+        end = int(np.searchsorted(before, before[start] + self.values_per_pass, side="right")) - 1
+        end = min(max(end, stop), self.shape[0])
+        indptr = self.indptr[:].astype(np.int64)
+        parts = []
+        for first in range(0, len(self.indices), self.values_per_read):
+            last = min(first + self.values_per_read, len(self.indices))
+            cells = self.indices[first:last]
+            inside = np.flatnonzero((cells >= start) & (cells < end))
+            genes = np.searchsorted(indptr, first + inside, side="right") - 1
+            parts.append((self.data[first:last][inside], cells[inside] - start, genes))
+        values, rows, columns = (np.concatenate(part) for part in zip(*parts, strict=True)) if parts else ([], [], [])
+        self._start = start
+        self._rows = sp.csr_matrix((values, (rows, columns)), shape=(end - start, self.shape[1]))
+
+
+def _from_loom(file: Any, layer: str | None) -> CountMatrix:
+    """Loom keeps genes x cells in `/matrix`, annotations in `/row_attrs` and `/col_attrs` (loompy file specification)."""
+    matrix = _pick_layer(file.filename, layer, file["matrix"], dict(file.get("layers", {})), None)
+    return CountMatrix(
+        file.filename,
+        _loom_frame(file["col_attrs"], ("CellID", "obs_names", "cell_id"), matrix.shape[1]),
+        _loom_frame(file["row_attrs"], ("Gene", "var_names", "Accession"), matrix.shape[0]),
+        lambda start, stop: matrix[:, start:stop].T,
+        {},
+    )
+
+
+def _loom_frame(attributes: Any, index_names: Sequence[str], length: int) -> Any:
+    import pandas as pd
+
+    columns = {}
+    for name, values in attributes.items():
+        if values.ndim == 1 and len(values) == length:
+            read = values[:]
+            columns[name] = [v.decode() if isinstance(v, bytes) else v for v in read] if read.dtype.kind in "OS" else read
+    frame = pd.DataFrame(columns, index=pd.RangeIndex(length).astype(str))
+    index = next((name for name in index_names if name in columns), None)
+    return frame if index is None else frame.set_index(index, drop=False)
+
+
+def _from_10x_h5(file: Any, layer: str | None) -> CountMatrix:
+    """10x Genomics keeps genes x cells as CSC in `/matrix`, which is cells x genes as CSR (Cell Ranger 3 and later)."""
+    import pandas as pd
+
+    if layer is not None:
+        raise ValueError(f"{file.filename} is a 10x file, which has no layers, but layer={layer!r} was asked for.")
+    if "matrix" not in file or "features" not in file["matrix"]:
+        raise ValueError(
+            f"{file.filename}: expected a 10x file with /matrix/features (Cell Ranger 3 or later), "
+            f"found {', '.join(file)}. Read it with scanpy and pass the AnnData."
+        )
+    group = file["matrix"]
+    n_genes, n_cells = (int(n) for n in group["shape"][:])
+
+    def text(dataset: Any) -> list[str]:
+        return [value.decode() for value in dataset[:]]
+
+    features = group["features"]
+    var = pd.DataFrame({"gene_ids": text(features["id"])}, index=pd.Index(text(features["name"])))
+    obs = pd.DataFrame(index=pd.Index(text(group["barcodes"])))
+    rows = _CSRRows(group["data"], group["indices"], group["indptr"], (n_cells, n_genes))
+    return CountMatrix(file.filename, obs, var, rows.read, {})
+
+
+def _from_10x_folder(path: Path) -> CountMatrix:
+    if not any(path.glob("*matrix.mtx*")):
+        raise ValueError(f"{path} is a folder without matrix.mtx or matrix.mtx.gz; pass one file, or a 10x folder.")
+    try:
+        import scanpy
+    except ImportError as error:
+        raise ImportError("Reading a 10x .mtx folder needs scanpy: pip install scanpy") from error
+    with _named_read_errors(path):
+        matrix = _from_anndata(scanpy.read_10x_mtx(path), None)
+    matrix.name = str(path)
+    return matrix
+
+
+def check_counts(
+    matrix: CountMatrix, cells: np.ndarray, counts_ng: sp.csr_matrix, *, allow_normalized: bool = False
+) -> None:
+    """Refuses a block that cannot be raw counts, naming cell, gene and value.
+
+    Raises  ValueError for NaN or infinite, negative, or (unless allowed) non-integer values
+    """
+
+    def where(bad: np.ndarray) -> str:
+        k = int(np.flatnonzero(bad)[0])
+        row = int(np.searchsorted(counts_ng.indptr, k, side="right")) - 1
+        cell, gene = matrix.obs.index[cells[row]], matrix.var.index[counts_ng.indices[k]]
+        return f"{matrix.name}: cell {str(cell)!r}, gene {str(gene)!r} has {counts_ng.data[k]:g}"
+
+    values = counts_ng.data
+    if values.dtype.kind in "iub":
+        if values.dtype.kind == "i" and len(values) and values.min() < 0:
+            raise ValueError(f"{where(values < 0)}; counts cannot be negative. Pass the raw counts.")
+        return
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise ValueError(f"{where(bad)}; counts must be finite. Remove or repair these cells.")
+    bad = values < 0
+    if bad.any():
+        raise ValueError(f"{where(bad)}; counts cannot be negative (scaled data?). {_counts_hint(matrix)}")
+    bad = values != np.rint(values)
+    if bad.any() and not allow_normalized:
+        raise ValueError(
+            f"{where(bad)}, not an integer: this looks normalized or log-transformed, and rank values need raw counts. "
+            f"{_counts_hint(matrix)} allow_normalized=True goes on with the values as they are."
+        )
+
+
+def _counts_hint(matrix: CountMatrix) -> str:
+    found = matrix.raw_alternatives()
+    if found:
+        return f"Raw counts seem to be in {', '.join(found)}: pass layer={('None' if found[0] == 'X' else repr(found[0]))}."
+    return "No layer or `raw` here holds counts: go back to the file with the raw counts."

@@ -1,0 +1,190 @@
+"""Non-zero medians of a corpus: one streaming pass, mergeable across shards.
+
+The factor that makes a rank-value encoding: each gene's median, over the cells where it is detected, of its counts per
+10,000. Source: Theodoris et al. 2023, Methods, "Rank value encoding".
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from .count_matrix import check_counts, open_counts
+from .gene_ids import GeneResolver, strip_version
+from .rank_encoding import TARGET_SUM
+
+# Values kept as they are before the sketch takes over: 12 bytes each, so about 600 MB.
+MAX_EXACT_VALUES = 50_000_000
+
+
+class NonzeroMedians:
+    """Accumulates the per-gene non-zero medians of counts per 10,000.
+
+    Exact while no more than `max_exact_values` values have been seen. Beyond that, values are counted in bins of equal
+    width on a logarithmic scale, and `relative_error` bounds how far a median can be from the exact one. Two
+    accumulators over different cells merge into that of all of them.
+
+    Memory: 12 bytes a value while exact, then 8 bytes a bin and gene (25,000 genes, 0.5%: 0.33 GB).
+    """
+
+    # Counts per 10,000 lie between 1e4 / 1e9 (one count in a cell of a billion) and 1e4 (all counts in one gene).
+    LOWEST, HIGHEST = 1e-5, 1.0e4
+
+    def __init__(self, *, max_exact_values: int = MAX_EXACT_VALUES, sketch_error: float = 0.005):
+        self.max_exact_values = max_exact_values
+        self.sketch_error = sketch_error
+        self._position: dict[str, int] = {}
+        self._genes: list[np.ndarray] = []
+        self._values: list[np.ndarray] = []
+        self._n_values = 0
+        self._bins_gb: np.ndarray | None = None
+        # A bin spans a factor (1 + e)^2, so that its geometric middle is within a factor 1 + e of all in it.
+        self._log_width = 2 * np.log1p(sketch_error)
+        self._n_bins = int(np.ceil(np.log(self.HIGHEST / self.LOWEST) / self._log_width)) + 1
+
+    @property
+    def relative_error(self) -> float:
+        """Bound on the relative error of each median: 0.0 while exact."""
+        return 0.0 if self._bins_gb is None else self.sketch_error
+
+    @property
+    def gene_ids(self) -> list[str]:
+        return list(self._position)
+
+    def positions(self, gene_ids: Iterable[str]) -> np.ndarray:
+        """The accumulator's own position of each gene, new genes added. (genes,) int64"""
+        return np.array([self._position.setdefault(g, len(self._position)) for g in gene_ids], dtype=np.int64)
+
+    def update(self, counts_ng: sp.csr_matrix, positions_g: np.ndarray, n_counts_n: np.ndarray) -> None:
+        """Adds cells.
+
+        counts_ng    (cells, genes) raw counts
+        positions_g  (genes,) from `positions`; a position may repeat, then its counts are summed
+        n_counts_n   (cells,) total counts of each cell
+        """
+        selector = sp.csr_matrix(
+            (np.ones(len(positions_g)), (np.arange(len(positions_g)), positions_g)),
+            shape=(len(positions_g), len(self._position)),
+        )
+        counts = sp.csr_matrix(counts_ng.astype(np.float64) @ selector)
+        counts.eliminate_zeros()
+        with np.errstate(divide="ignore"):
+            values = counts.data / np.repeat(n_counts_n.astype(np.float64), np.diff(counts.indptr)) * TARGET_SUM
+        self._add(counts.indices.astype(np.int32), values)
+
+    def merge(self, other: "NonzeroMedians") -> None:
+        """Adds all that another accumulator has seen. Both must have the same sketch error."""
+        if other.sketch_error != self.sketch_error:
+            raise ValueError(f"Sketch errors differ ({self.sketch_error} and {other.sketch_error}); they cannot be merged.")
+        positions = self.positions(other.gene_ids)
+        for genes, values in zip(other._genes, other._values, strict=True):
+            self._add(positions[genes].astype(np.int32), values)
+        if other._bins_gb is not None:
+            self._to_sketch()
+            assert self._bins_gb is not None
+            self._bins_gb[positions[: len(other._bins_gb)]] += other._bins_gb
+
+    def medians(self) -> dict[str, float]:
+        """Median of each gene that was detected in some cell."""
+        names = self.gene_ids
+        if self._bins_gb is not None:
+            return self._sketched_medians(names)
+        if not self._genes:
+            return {}
+        genes, values = np.concatenate(self._genes), np.concatenate(self._values)
+        order = np.argsort(genes, kind="stable")
+        present, starts = np.unique(genes[order], return_index=True)
+        parts = np.split(values[order], starts[1:])
+        return {names[g]: float(np.median(part)) for g, part in zip(present, parts, strict=True)}
+
+    def _add(self, genes: np.ndarray, values: np.ndarray) -> None:
+        if self._bins_gb is None:
+            self._genes.append(genes)
+            self._values.append(values)
+            self._n_values += len(values)
+            if self._n_values > self.max_exact_values:
+                self._to_sketch()
+        else:
+            self._count(genes, values)
+
+    def _to_sketch(self) -> None:
+        if self._bins_gb is None:
+            self._bins_gb = np.zeros((len(self._position), self._n_bins), dtype=np.int64)
+        for genes, values in zip(self._genes, self._values, strict=True):
+            self._count(genes, values)
+        self._genes, self._values, self._n_values = [], [], 0
+        self._grow()
+
+    def _grow(self) -> None:
+        """One row of bins for every gene seen so far."""
+        assert self._bins_gb is not None
+        missing = len(self._position) - len(self._bins_gb)
+        if missing > 0:
+            self._bins_gb = np.vstack([self._bins_gb, np.zeros((missing, self._n_bins), dtype=np.int64)])
+
+    def _count(self, genes: np.ndarray, values: np.ndarray) -> None:
+        self._grow()
+        assert self._bins_gb is not None
+        bins = np.clip((np.log(values / self.LOWEST) / self._log_width).astype(np.int64), 0, self._n_bins - 1)
+        np.add.at(self._bins_gb.reshape(-1), genes.astype(np.int64) * self._n_bins + bins, 1)
+
+    def _sketched_medians(self, names: list[str]) -> dict[str, float]:
+        assert self._bins_gb is not None
+        middles = self.LOWEST * np.exp((np.arange(self._n_bins) + 0.5) * self._log_width)
+        medians = {}
+        for name, counts in zip(names, self._bins_gb, strict=True):
+            total = int(counts.sum())
+            if total:
+                # The two middle values (one and the same when the number of values is odd), as np.median averages them.
+                below, above = np.searchsorted(np.cumsum(counts), [(total - 1) // 2, total // 2], side="right")
+                medians[name] = float((middles[below] + middles[above]) / 2)
+        return medians
+
+
+def vocabulary_from_corpus(
+    sources: Sequence[Any],
+    *,
+    special_tokens: Sequence[str],
+    layer: str | None = None,
+    gene_ids: str | None = None,
+    aliases: Mapping[str, str] | None = None,
+    cells: Sequence[np.ndarray | None] | None = None,
+    accumulator: NonzeroMedians | None = None,
+    progress: bool = True,
+) -> Any:
+    """Vocabulary table of a corpus: every gene detected, with its non-zero median, in one streaming pass.
+
+    sources         AnnData objects or paths
+    special_tokens  names of the tokens before the genes, which get the first ids
+    gene_ids        column of `var` with gene identifiers; None picks one, Ensembl ids before symbols
+    cells           per source, a boolean mask of the cells to use (the training cells), or None for all
+    Returns         pandas DataFrame with columns token, token_id, nonzero_median; genes in alphabetical order
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    total = accumulator or NonzeroMedians()
+    alias_resolver = GeneResolver(sorted(set(aliases.values())), aliases) if aliases else None
+    for source, mask in zip(tqdm(sources, "medians", disable=not progress), cells or [None] * len(sources), strict=True):
+        with open_counts(source, layer=layer) as matrix:
+            names = [strip_version(name) for name in matrix.gene_names(gene_ids)]
+            if alias_resolver is not None:
+                match = alias_resolver.match(names)
+                names = [alias_resolver.vocabulary[i] if i >= 0 else n for n, i in zip(names, match.index_g, strict=True)]
+            positions = total.positions(names)
+            for rows, counts in matrix.blocks(mask):
+                check_counts(matrix, rows, counts)
+                total.update(counts, positions, matrix.cell_totals(rows, counts))
+    medians = total.medians()
+    if not medians:
+        raise ValueError(f"No counts above zero in {len(sources)} source(s): there is nothing to build a vocabulary from.")
+    genes = sorted(medians)
+    tokens = [*special_tokens, *genes]
+    return pd.DataFrame(
+        {
+            "token": tokens,
+            "token_id": np.arange(len(tokens)),
+            "nonzero_median": [np.nan] * len(special_tokens) + [medians[gene] for gene in genes],
+        }
+    )

@@ -1,0 +1,126 @@
+"""Checkpoints of a training run: safetensors and JSON only, complete or absent.
+
+A checkpoint is written to a temporary folder and renamed when all of it is on disk, so a process killed at any moment
+leaves the previous ones intact. It holds all that the next step depends on: weights, optimizer, step, loss scaler and
+the random state of each process (data order and masking depend on seed and epoch alone).
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+
+_NAME = re.compile(r"^step-(\d{8})$")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if _NAME.match(path.name))
+
+
+def save_checkpoint(
+    accelerator: Any, folder: Path, model: torch.nn.Module, optimizer: Any, state: dict[str, Any], keep_last: int
+) -> Path:
+    """Writes checkpoint `state["step"]` from all processes and removes all but the last `keep_last`."""
+    path = checkpoint_path(folder, state["step"])
+    partial = folder / f".partial-{path.name}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_model(accelerator.unwrap_model(model), str(partial / "model.safetensors"))
+        _save_optimizer(optimizer, partial)
+        if accelerator.scaler is not None:
+            state = {**state, "scaler": accelerator.scaler.state_dict()}
+        (partial / "state.json").write_text(json.dumps({**state, "n_processes": accelerator.num_processes}, indent=2))
+    accelerator.wait_for_everyone()
+    save_file(_random_state(), str(partial / _random_state_name(accelerator.process_index)))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _sync_to_disk(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+        for old in list_checkpoints(folder)[:-keep_last]:
+            # Renamed first: a half-removed checkpoint must not look like a whole one.
+            doomed = old.with_name(f".removed-{old.name}")
+            os.rename(old, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def load_checkpoint(accelerator: Any, path: Path, model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Restores model, optimizer, scaler and random state in place; returns the `state` that was saved.
+
+    With another number of processes than wrote it, the random states are left as they are (dropout then differs).
+    """
+    state = json.loads((path / "state.json").read_text())
+    load_model(accelerator.unwrap_model(model), str(path / "model.safetensors"))
+    _load_optimizer(optimizer, path)
+    if accelerator.scaler is not None and "scaler" in state:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    if state["n_processes"] == accelerator.num_processes:
+        _restore_random_state(load_file(str(path / _random_state_name(accelerator.process_index))))
+    return state
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what a killed process left half-written."""
+    for path in [*folder.glob(".partial-*"), *folder.glob(".removed-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _save_optimizer(optimizer: Any, folder: Path) -> None:
+    state = optimizer.state_dict()
+    tensors, scalars = {}, {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                scalars[f"{index}.{name}"] = value
+    save_file(tensors, str(folder / "optimizer.safetensors"))
+    # Learning rates and the like; JSON keeps every digit of a float.
+    content = {"param_groups": state["param_groups"], "scalars": scalars}
+    (folder / "optimizer.json").write_text(json.dumps(content))
+
+
+def _load_optimizer(optimizer: Any, folder: Path) -> None:
+    content = json.loads((folder / "optimizer.json").read_text())
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*load_file(str(folder / "optimizer.safetensors")).items(), *content["scalars"].items()]:
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
+
+
+def _random_state_name(rank: int) -> str:
+    return f"random-{rank:05d}.safetensors"
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _sync_to_disk(folder: Path) -> None:
+    """Asks the system to put a folder's files on disk before the rename makes them count (power loss)."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,135 @@
+"""Pre-trains a Geneformer on masked genes.
+
+    accelerate launch train/pretrain.py                                        # 700 real PBMCs, minutes on a laptop
+    accelerate launch train/pretrain.py --recipe train/recipes/geneformer_v1_6l.yaml --data DIR --output runs/mine
+
+Leaves in the output folder: `model/` (a complete model directory: weights, config, tokenizer, code, card with figures),
+`metrics.jsonl`, `run.json`, `report.json`, `checkpoints/`.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from cellglot.modeling.geneformer import PRESETS, GeneformerConfig, GeneformerForMaskedLM
+from cellglot.tokenization.gene_masking import MaskedGeneCollator
+from cellglot.train.config import option, parse_config, write_run_record
+from cellglot.train.loop import LoopConfig, close, make_accelerator, mean_loss, prepare_output, train
+from cellglot.train.pretraining_data import prepare_data
+from cellglot.train.pretraining_report import write_report
+
+# Masks drawn of every validation cell: one draw hides 15% of its genes, which is few for a small validation set.
+VALIDATION_SEEDS = tuple(range(1_000_003, 1_000_008))
+
+
+@dataclass
+class PretrainConfig(LoopConfig):
+    """Options of pre-training. Defaults are those of the embedded PBMC corpus."""
+
+    data: str | None = option(None, "folder or file: counts (.h5ad, .loom, 10x .h5) or tokens (.parquet); absent: PBMC")
+    vocabulary: str | None = option(None, "tokenizer folder or table of token, token_id, nonzero_median; absent: from data")
+    aliases: str | None = option(None, "table of alias, ensembl_id, with a vocabulary table")
+    layout: Literal["v1", "v2"] = option("v1", "token layout: v2 wraps cells in <cls> and <eos>")
+    max_length: int | None = option(None, "tokens of a cell at the most; absent: 2,048 (v1) or 4,096 (v2)")
+    layer: str | None = option(None, "layer with the raw counts, or raw; absent: X")
+    gene_ids: str | None = option(None, "column of var with gene ids; absent: found")
+    validation_fraction: float = option(0.15, "share of the cells held out")
+    split_by: str | None = option(None, "column of obs whose groups are held out whole, e.g. donor; absent: by cell")
+    cell_type: str | None = option(None, "column of obs with cell types, for probe and UMAP; absent: cell_type if there is")
+    model: str = option("small", f"size: {', '.join(PRESETS)}")
+    hidden_size: int | None = option(None, "width, in place of the size's")
+    num_hidden_layers: int | None = option(None, "layers, in place of the size's")
+    num_attention_heads: int | None = option(None, "heads, in place of the size's")
+    intermediate_size: int | None = option(None, "feed-forward width, in place of the size's")
+    dropout: float | None = option(None, "dropout of hidden states and attention, in place of the size's")
+    mask_probability: float = option(0.15, "share of the genes to predict")
+    mask_special_tokens: bool = option(False, "masks <cls> and <eos> too, as the original does")
+    report: bool = option(True, "probe, UMAP and figures at the end")
+
+    output: str = option("runs/geneformer-pbmc", "folder of the run: checkpoints, log, model")
+    epochs: float = option(60, "passes over the training cells")
+    batch_size: int = option(32, "cells of an optimizer step, over all processes")
+    learning_rate: float = option(2e-3, "maximum learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = option("cosine", "learning rate after the warm-up")
+    warmup_steps: float = option(0.05, "steps of linear warm-up; below 1, a share of all steps")
+    eval_every: int | None = option(200, "steps between validations; absent: only at the end")
+    save_every: int = option(400, "steps between checkpoints")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.validation_fraction < 1 or not 0 < self.mask_probability < 1:
+            raise ValueError("validation_fraction and mask_probability must lie between 0 and 1.")
+        if self.model not in PRESETS:
+            raise ValueError(f"model must be one of {', '.join(PRESETS)}, found {self.model!r}.")
+
+
+def model_config(config: PretrainConfig, tokenizer: Any) -> GeneformerConfig:
+    """Configuration of the model for a vocabulary: the preset, overrides of it, and the tokenizer's sizes."""
+    overrides: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        if getattr(config, name) is not None
+    }
+    if config.dropout is not None:
+        overrides |= {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+    return GeneformerConfig.from_preset(
+        config.model,
+        **overrides,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(PretrainConfig, argv, description=__doc__)
+    try:
+        accelerator = make_accelerator(config)
+        output = prepare_output(config, accelerator)
+        data = prepare_data(config, output / "data", is_main_process=accelerator.is_main_process)
+    except (ValueError, OSError) as error:
+        sys.exit(f"pretrain.py: {error}")
+    lengths = np.asarray(data.train["length"])
+    validation_lengths = np.asarray(data.validation["length"])
+    collate = MaskedGeneCollator(data.tokenizer, config.mask_probability, config.mask_special_tokens)
+    torch.manual_seed(config.seed)
+    model = GeneformerForMaskedLM(model_config(config, data.tokenizer))
+    if accelerator.is_main_process:
+        write_run_record(
+            output / "run.json",
+            config,
+            data={"source": data.description, "fingerprint": data.fingerprint},
+            n_processes=accelerator.num_processes,
+            device=str(accelerator.device),
+            torch_threads=torch.get_num_threads(),
+        )
+    accelerator.print(
+        f"Geneformer, {model.num_parameters() / 1e6:.1f}M parameters, on {data.description}: "
+        f"{len(lengths):,} training and {len(validation_lengths):,} validation cells, {len(data.tokenizer):,} tokens, "
+        f"median length {int(np.median(lengths)):,}"
+    )
+
+    def validate(model: torch.nn.Module) -> dict[str, float]:
+        loss = mean_loss(
+            model,
+            data.validation,
+            validation_lengths,
+            collate,
+            accelerator,
+            max_tokens=config.max_tokens,
+            seeds=VALIDATION_SEEDS,
+        )
+        return {"validation_loss": loss}
+
+    result = train(model, data.train, lengths, collate, config, accelerator, validate=validate)
+    if accelerator.is_main_process:
+        write_report(model, data, config, result, output)
+    accelerator.wait_for_everyone()
+    close(accelerator, model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Cells for pre-training: split, vocabulary with medians from the training cells, tokens on disk.
+
+Three kinds of source: the embedded PBMC corpus, a folder of count files, or token ids in Parquet.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from cellglot.datasets_scripts.pbmc import PBMC
+from cellglot.datasets_scripts.ragged_counts import read_ragged
+from cellglot.tokenization.count_matrix import open_counts
+from cellglot.tokenization.medians import vocabulary_from_corpus
+from cellglot.tokenization.rank_value import SPECIAL_TOKENS, RankValueTokenizer, TokenizationReport
+
+from .config import write_atomically
+
+COUNT_FILES = (".h5ad", ".loom", ".h5")
+
+
+@dataclass
+class CellSource:
+    """Counts of some cells, and which of them train and which validate ((cells,) boolean masks)."""
+
+    source: Any
+    train: np.ndarray
+    validation: np.ndarray
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PretrainingData:
+    """What pre-training needs. `sources` is empty where only tokens are at hand."""
+
+    description: str
+    fingerprint: str
+    tokenizer: RankValueTokenizer
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    sources: list[CellSource]
+
+
+def prepare_data(config: Any, folder: Path, *, is_main_process: bool = True) -> PretrainingData:
+    """Tokenized training and validation cells under `folder`, made by the main process while others wait.
+
+    config   a PretrainConfig
+    Raises   ValueError or OSError for data that cannot be used, or that changed since the run began
+    """
+    record = folder / "data.json"
+    sources, description, fingerprint = find_sources(config)
+    if record.exists():
+        found = json.loads(record.read_text())
+        if found["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{folder} was made from other data or options than {description} is now; "
+                "pass --overwrite, or another --output."
+            )
+    elif is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if sources:
+            _tokenize(config, sources, folder)
+        else:
+            _link_tokens(config, folder)
+        write_atomically(record, json.dumps({"fingerprint": fingerprint, "source": description}, indent=2))
+    else:
+        # Not a barrier: tokenizing a large corpus outlasts any time-out of the process group.
+        while not record.exists():
+            time.sleep(1)
+    return PretrainingData(
+        description,
+        fingerprint,
+        RankValueTokenizer.from_pretrained(folder / "tokenizer"),
+        _load(folder, "train"),
+        _load(folder, "validation"),
+        sources,
+    )
+
+
+def find_sources(config: Any) -> tuple[list[CellSource], str, str]:
+    """(sources with their split, description, fingerprint) of what `config.data` names."""
+    if config.data is None:
+        folder = PBMC().prepare()
+        cells = {split: read_ragged(folder, split) for split in ("train", "validation")}
+        sources = [
+            CellSource(adata, np.full(adata.n_obs, split == "train"), np.full(adata.n_obs, split == "validation"))
+            for split, adata in cells.items()
+        ]
+        files = sorted(folder.glob("*.parquet"))
+        return sources, "700 PBMCs of Zheng et al. 2017 (scanpy)", _fingerprint(files, config)
+    path = Path(config.data)
+    if not path.exists():
+        raise ValueError(f"--data {path} does not exist.")
+    if token_files(path):
+        if config.vocabulary is None:
+            raise ValueError(f"{path} holds token ids: pass the vocabulary they are of, --vocabulary TABLE or TOKENIZER.")
+        return [], path.name, _fingerprint(token_files(path), config)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in COUNT_FILES)
+    if not files:
+        raise ValueError(f"{path} holds neither {', '.join(COUNT_FILES)} with counts nor .parquet with input_ids.")
+    return split_files(files, config), f"{len(files)} file(s) of {path.name}", _fingerprint(files, config)
+
+
+def token_files(path: Path) -> list[Path]:
+    """Parquet files with a column input_ids."""
+    import pyarrow.parquet as pq
+
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    return [file for file in files if file.suffix == ".parquet" and "input_ids" in pq.read_schema(file).names]
+
+
+def split_files(files: Sequence[Path], config: Any) -> list[CellSource]:
+    """Training and validation cells of count files: by cell, or by whole groups of `config.split_by`.
+
+    Raises  ValueError if the column is missing or there are too few groups to hold one out
+    """
+    options = {"layer": config.layer, "gene_ids": config.gene_ids}
+    groups = []
+    for file in files:
+        with open_counts(file, layer=config.layer) as matrix:
+            if config.split_by is None:
+                groups.append(np.arange(matrix.n_cells).astype(str) + f"@{file}")
+            elif config.split_by in matrix.obs:
+                groups.append(matrix.obs[config.split_by].astype(str).to_numpy())
+            else:
+                raise ValueError(
+                    f"{file}: obs has no column {config.split_by!r} to split by; it has {', '.join(matrix.obs)}."
+                )
+    names, index, counts = np.unique(np.concatenate(groups), return_inverse=True, return_counts=True)
+    order = np.random.default_rng(config.seed).permutation(len(names))
+    n_held_out = int(np.searchsorted(np.cumsum(counts[order]), config.validation_fraction * counts.sum())) + 1
+    if n_held_out >= len(names):
+        what = f"groups of {config.split_by!r}" if config.split_by else "cells"
+        raise ValueError(f"{len(names)} {what} cannot be split with validation_fraction={config.validation_fraction}.")
+    held_out = np.isin(index, order[:n_held_out])
+    masks = np.split(held_out, np.cumsum([len(group) for group in groups])[:-1])
+    return [CellSource(file, ~mask, mask, options) for file, mask in zip(files, masks, strict=True)]
+
+
+def _tokenize(config: Any, sources: list[CellSource], folder: Path) -> None:
+    """Writes tokenizer, and tokens of each source and split, with obs columns that the report uses."""
+    if config.vocabulary is None:
+        table = vocabulary_from_corpus(
+            [s.source for s in sources],
+            special_tokens=SPECIAL_TOKENS[config.layout],
+            layer=config.layer,
+            gene_ids=config.gene_ids,
+            cells=[s.train for s in sources],
+        )
+        tokenizer = RankValueTokenizer.from_vocabulary(table, layout=config.layout, max_length=config.max_length)
+    else:
+        tokenizer = load_vocabulary(config)
+    for i, source in enumerate(sources):
+        for split in ("train", "validation"):
+            mask = getattr(source, split)
+            if mask.any():
+                report = TokenizationReport()
+                tokenizer.encode_anndata(
+                    source.source,
+                    cells=mask,
+                    empty_cells="drop",
+                    cache_file=folder / f"{split}-{i:05d}.arrow",
+                    report=report,
+                    **source.options,
+                )
+                print(f"{split}: {report}")
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def _link_tokens(config: Any, folder: Path) -> None:
+    """Splits token rows by cell into Arrow files."""
+    tokenizer = load_vocabulary(config)
+    tokens = datasets.concatenate_datasets(
+        [datasets.Dataset.from_parquet(str(file)) for file in token_files(Path(config.data))]  # type: ignore[misc]
+    )
+    highest = max(int(np.max(batch)) for batch in tokens.with_format("numpy")["input_ids"])
+    if highest >= len(tokenizer):
+        raise ValueError(
+            f"{config.data} has token id {highest:,}, but the vocabulary has {len(tokenizer):,} tokens: it is another one's."
+        )
+    if "length" not in tokens.column_names:
+        tokens = tokens.add_column("length", [len(ids) for ids in tokens["input_ids"]])
+    split = tokens.select_columns(["input_ids", "length"]).train_test_split(
+        test_size=config.validation_fraction, seed=config.seed
+    )
+    for name, part in (("train", split["train"]), ("validation", split["test"])):
+        part.flatten_indices(cache_file_name=str(folder / f"{name}-00000.arrow"))
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def load_vocabulary(config: Any) -> RankValueTokenizer:
+    """The tokenizer that `--vocabulary` names: a tokenizer folder, or a table with `--layout` and `--aliases`."""
+    if os.path.isdir(config.vocabulary):
+        return RankValueTokenizer.from_pretrained(config.vocabulary)
+    return RankValueTokenizer.from_vocabulary(
+        config.vocabulary, layout=config.layout, aliases=config.aliases, max_length=config.max_length
+    )
+
+
+def _load(folder: Path, split: str) -> datasets.Dataset:
+    files = sorted(folder.glob(f"{split}-*.arrow"))
+    if not files:
+        raise ValueError(f"No {split} cell has a gene of the vocabulary.")
+    parts = [datasets.Dataset.from_file(str(file)) for file in files]
+    return datasets.concatenate_datasets(parts).with_format("numpy", columns=["input_ids"], output_all_columns=True)
+
+
+def _fingerprint(files: Sequence[Path], config: Any) -> str:
+    """SHA-256 of names, sizes and both ends of the files, and of the options that decide split and tokens."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(f"{path.name}:{path.stat().st_size}".encode())
+            digest.update(file.read(1 << 16))
+            file.seek(-min(1 << 16, path.stat().st_size), os.SEEK_END)
+            digest.update(file.read())
+    names = ("vocabulary", "layout", "max_length", "layer", "gene_ids", "split_by", "validation_fraction")
+    digest.update(json.dumps({name: getattr(config, name) for name in names}, sort_keys=True).encode())
+    digest.update(str(config.seed if config.data else 0).encode())
+    return digest.hexdigest()[:16]
