@@ -62,7 +62,9 @@ class CountMatrix:
     def gene_names(self, column: str | None = None) -> list[str]:
         """Gene identifiers: those of a column of `var`, or of the first of `GENE_ID_COLUMNS` there is, else the index."""
         if column is not None and column not in self.var:
-            raise ValueError(f"{self.name}: var has no column {column!r}; it has {', '.join(map(str, self.var)) or 'none'}.")
+            raise ValueError(
+                f"{self.name}: var has no column {column!r}; it has {', '.join(map(str, self.var)) or 'none'}."
+            )
         column = column or next((name for name in GENE_ID_COLUMNS if name in self.var), None)
         return [str(name) for name in (self.var.index if column is None else self.var[column])]
 
@@ -296,7 +298,9 @@ def _loom_frame(attributes: Any, index_names: Sequence[str], length: int) -> Any
     for name, values in attributes.items():
         if values.ndim == 1 and len(values) == length:
             read = values[:]
-            columns[name] = [v.decode() if isinstance(v, bytes) else v for v in read] if read.dtype.kind in "OS" else read
+            columns[name] = (
+                [v.decode() if isinstance(v, bytes) else v for v in read] if read.dtype.kind in "OS" else read
+            )
     frame = pd.DataFrame(columns, index=pd.RangeIndex(length).astype(str))
     index = next((name for name in index_names if name in columns), None)
     return frame if index is None else frame.set_index(index, drop=False)

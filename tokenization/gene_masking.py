@@ -33,7 +33,11 @@ def mask_genes(
     # Special tokens have the ids below the first gene.
     candidates = np.ones(len(ids), dtype=bool) if include_special_tokens else ids >= gene_token_ids[0]
     # All draws are made for every token, so that the selection of one never shifts those of others.
-    select, kind, replacement = rng.random(len(ids)), rng.random(len(ids)), rng.integers(len(gene_token_ids), size=len(ids))
+    select, kind, replacement = (
+        rng.random(len(ids)),
+        rng.random(len(ids)),
+        rng.integers(len(gene_token_ids), size=len(ids)),
+    )
     selected = candidates & (select < probability)
     labels = np.where(selected, ids, IGNORED_LABEL)
     masked = np.where(selected & (kind < 0.8), mask_token_id, ids)

@@ -76,7 +76,9 @@ class NonzeroMedians:
     def merge(self, other: "NonzeroMedians") -> None:
         """Adds all that another accumulator has seen. Both must have the same sketch error."""
         if other.sketch_error != self.sketch_error:
-            raise ValueError(f"Sketch errors differ ({self.sketch_error} and {other.sketch_error}); they cannot be merged.")
+            raise ValueError(
+                f"Sketch errors differ ({self.sketch_error} and {other.sketch_error}); they cannot be merged."
+            )
         positions = self.positions(other.gene_ids)
         for genes, values in zip(other._genes, other._values, strict=True):
             self._add(positions[genes].astype(np.int32), values)
@@ -90,7 +92,7 @@ class NonzeroMedians:
         names = self.gene_ids
         if self._bins_gb is not None:
             return self._sketched_medians(names)
-        if not self._genes:
+        if not self._n_values:
             return {}
         genes, values = np.concatenate(self._genes), np.concatenate(self._values)
         order = np.argsort(genes, kind="stable")
@@ -166,19 +168,25 @@ def vocabulary_from_corpus(
 
     total = accumulator or NonzeroMedians()
     alias_resolver = GeneResolver(sorted(set(aliases.values())), aliases) if aliases else None
-    for source, mask in zip(tqdm(sources, "medians", disable=not progress), cells or [None] * len(sources), strict=True):
+    for source, mask in zip(
+        tqdm(sources, "medians", disable=not progress), cells or [None] * len(sources), strict=True
+    ):
         with open_counts(source, layer=layer) as matrix:
             names = [strip_version(name) for name in matrix.gene_names(gene_ids)]
             if alias_resolver is not None:
                 match = alias_resolver.match(names)
-                names = [alias_resolver.vocabulary[i] if i >= 0 else n for n, i in zip(names, match.index_g, strict=True)]
+                names = [
+                    alias_resolver.vocabulary[i] if i >= 0 else n for n, i in zip(names, match.index_g, strict=True)
+                ]
             positions = total.positions(names)
             for rows, counts in matrix.blocks(mask):
                 check_counts(matrix, rows, counts)
                 total.update(counts, positions, matrix.cell_totals(rows, counts))
     medians = total.medians()
     if not medians:
-        raise ValueError(f"No counts above zero in {len(sources)} source(s): there is nothing to build a vocabulary from.")
+        raise ValueError(
+            f"No counts above zero in {len(sources)} source(s): there is nothing to build a vocabulary from."
+        )
     genes = sorted(medians)
     tokens = [*special_tokens, *genes]
     return pd.DataFrame(

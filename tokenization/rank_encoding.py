@@ -16,7 +16,12 @@ TARGET_SUM = 10_000
 
 
 def rank_value_tokens(
-    counts_v: np.ndarray, n_counts: float, medians_v: np.ndarray, token_ids_v: np.ndarray, *, max_genes: int | None = None
+    counts_v: np.ndarray,
+    n_counts: float,
+    medians_v: np.ndarray,
+    token_ids_v: np.ndarray,
+    *,
+    max_genes: int | None = None,
 ) -> np.ndarray:
     """Token ids of one cell's genes, most distinctive first.
 

@@ -202,7 +202,13 @@ class RankValueTokenizer(TokenizersBackend):
     # ---- encoding
 
     def encode_expression(
-        self, counts: Any, gene_ids: Iterable[str], n_counts: Any = None, *, max_length: int | None = None, **options: Any
+        self,
+        counts: Any,
+        gene_ids: Iterable[str],
+        n_counts: Any = None,
+        *,
+        max_length: int | None = None,
+        **options: Any,
     ) -> dict[str, list]:
         """Tokens of cells given as a matrix.
 
@@ -378,7 +384,12 @@ class RankValueTokenizer(TokenizersBackend):
         )
 
     def _encode_block(
-        self, counts: sp.csr_matrix, totals: np.ndarray, selector: sp.csr_matrix, max_length: int, report: TokenizationReport
+        self,
+        counts: sp.csr_matrix,
+        totals: np.ndarray,
+        selector: sp.csr_matrix,
+        max_length: int,
+        report: TokenizationReport,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and offsets of a block, special tokens included; an empty cell gets none."""
         token_ids, medians = self._arrays()
@@ -430,7 +441,7 @@ class RankValueTokenizer(TokenizersBackend):
         }
         for name in obs_columns:
             values = matrix.obs[name]
-            columns[name] = pa.array(values.astype(str) if values.dtype == "category" else values, from_pandas=True)[
+            columns[name] = pa.array(values.astype(object) if values.dtype == "category" else values, from_pandas=True)[
                 rows[0] : rows[-1] + 1
             ].take(pa.array(rows - rows[0]))
         batch = pa.RecordBatch.from_pydict(columns)

@@ -108,4 +108,3 @@ def _split_evenly(lengths: np.ndarray, n_parts: int) -> list[slice]:
 def steps_per_epoch(n_examples: int, batch_size: int) -> int:
     """Optimizer steps in one epoch, the last one maybe smaller."""
     return -(-n_examples // batch_size)
-

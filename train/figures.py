@@ -42,7 +42,9 @@ def umap_coordinates(embeddings: np.ndarray, *, seed: int = 0) -> np.ndarray:
     with warnings.catch_warnings():
         # A fixed seed means one thread, which is what we want.
         warnings.filterwarnings("ignore", message="n_jobs value")
-        return np.asarray(umap.UMAP(n_neighbors=min(15, len(embeddings) - 1), random_state=seed).fit_transform(embeddings))
+        return np.asarray(
+            umap.UMAP(n_neighbors=min(15, len(embeddings) - 1), random_state=seed).fit_transform(embeddings)
+        )
 
 
 def plot_umap(coordinates: np.ndarray, labels: Sequence[str] | None = None, ax: Any = None) -> Any:
@@ -59,7 +61,9 @@ def plot_umap(coordinates: np.ndarray, labels: Sequence[str] | None = None, ax: 
         colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
         for i, name in enumerate(names.value_counts().index):
             chosen = coordinates[(names == name).to_numpy()]
-            ax.scatter(*chosen.T, s=size, linewidths=0, color=colours[i % len(colours)], label=f"{name} ({len(chosen)})")
+            ax.scatter(
+                *chosen.T, s=size, linewidths=0, color=colours[i % len(colours)], label=f"{name} ({len(chosen)})"
+            )
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=1.5, fontsize="small")
     ax.set(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[], title="Cell embeddings")
     return ax

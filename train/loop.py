@@ -61,7 +61,15 @@ class LoopConfig:
     cpu_threads: int | None = option(None, "threads of each process on CPU; all cores shared out if absent")
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "max_tokens", "log_every", "save_every", "keep_last", "learning_rate", "max_grad_norm")
+        positive = (
+            "batch_size",
+            "max_tokens",
+            "log_every",
+            "save_every",
+            "keep_last",
+            "learning_rate",
+            "max_grad_norm",
+        )
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}.")
@@ -92,7 +100,9 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
 
     unknown = [name for name in config.trackers if name not in [str(t) for t in LOGGER_TYPE_TO_CLASS]]
     if unknown:
-        raise ValueError(f"Unknown tracker {unknown[0]!r}; accelerate knows {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}.")
+        raise ValueError(
+            f"Unknown tracker {unknown[0]!r}; accelerate knows {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}."
+        )
     if "tensorboard" in config.trackers and not is_tensorboard_available():
         raise ValueError("The tracker 'tensorboard' is not installed: pip install tensorboard")
     accelerator = Accelerator(
@@ -121,7 +131,9 @@ def prepare_output(config: LoopConfig, accelerator: Accelerator) -> Path:
             shutil.rmtree(output)
         elif output.exists() and any(output.iterdir()) and not config.resume:
             what = "an earlier run" if holds_run else "files that are no run of this script"
-            mend = "--resume to go on with it, --overwrite to start anew, or another --output" if holds_run else "--output"
+            mend = (
+                "--resume to go on with it, --overwrite to start anew, or another --output" if holds_run else "--output"
+            )
             raise FileExistsError(f"{output} holds {what}. Pass {mend}.")
         output.mkdir(parents=True, exist_ok=True)
         remove_partial(output / "checkpoints")
@@ -247,6 +259,7 @@ def learning_rate_at(step: int, n_steps: int, config: LoopConfig) -> float:
     return config.learning_rate * factor
 
 
+@torch.no_grad()
 def mean_loss(
     model: torch.nn.Module,
     examples: Any,

@@ -30,7 +30,9 @@ class PretrainConfig(LoopConfig):
     """Options of pre-training. Defaults are those of the embedded PBMC corpus."""
 
     data: str | None = option(None, "folder or file: counts (.h5ad, .loom, 10x .h5) or tokens (.parquet); absent: PBMC")
-    vocabulary: str | None = option(None, "tokenizer folder or table of token, token_id, nonzero_median; absent: from data")
+    vocabulary: str | None = option(
+        None, "tokenizer folder or table of token, token_id, nonzero_median; absent: from data"
+    )
     aliases: str | None = option(None, "table of alias, ensembl_id, with a vocabulary table")
     layout: Literal["v1", "v2"] = option("v1", "token layout: v2 wraps cells in <cls> and <eos>")
     max_length: int | None = option(None, "tokens of a cell at the most; absent: 2,048 (v1) or 4,096 (v2)")
@@ -38,7 +40,9 @@ class PretrainConfig(LoopConfig):
     gene_ids: str | None = option(None, "column of var with gene ids; absent: found")
     validation_fraction: float = option(0.15, "share of the cells held out")
     split_by: str | None = option(None, "column of obs whose groups are held out whole, e.g. donor; absent: by cell")
-    cell_type: str | None = option(None, "column of obs with cell types, for probe and UMAP; absent: cell_type if there is")
+    cell_type: str | None = option(
+        None, "column of obs with cell types, for probe and UMAP; absent: cell_type if there is"
+    )
     model: str = option("small", f"size: {', '.join(PRESETS)}")
     hidden_size: int | None = option(None, "width, in place of the size's")
     num_hidden_layers: int | None = option(None, "layers, in place of the size's")
@@ -50,12 +54,12 @@ class PretrainConfig(LoopConfig):
     report: bool = option(True, "probe, UMAP and figures at the end")
 
     output: str = option("runs/geneformer-pbmc", "folder of the run: checkpoints, log, model")
-    epochs: float = option(60, "passes over the training cells")
+    epochs: float = option(50, "passes over the training cells")
     batch_size: int = option(32, "cells of an optimizer step, over all processes")
     learning_rate: float = option(2e-3, "maximum learning rate")
     schedule: Literal["linear", "cosine", "constant"] = option("cosine", "learning rate after the warm-up")
     warmup_steps: float = option(0.05, "steps of linear warm-up; below 1, a share of all steps")
-    eval_every: int | None = option(200, "steps between validations; absent: only at the end")
+    eval_every: int | None = option(100, "steps between validations; absent: only at the end")
     save_every: int = option(400, "steps between checkpoints")
 
     def __post_init__(self) -> None:

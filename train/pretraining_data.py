@@ -102,7 +102,9 @@ def find_sources(config: Any) -> tuple[list[CellSource], str, str]:
         raise ValueError(f"--data {path} does not exist.")
     if token_files(path):
         if config.vocabulary is None:
-            raise ValueError(f"{path} holds token ids: pass the vocabulary they are of, --vocabulary TABLE or TOKENIZER.")
+            raise ValueError(
+                f"{path} holds token ids: pass the vocabulary they are of, --vocabulary TABLE or TOKENIZER."
+            )
         return [], path.name, _fingerprint(token_files(path), config)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in COUNT_FILES)
     if not files:
@@ -121,20 +123,19 @@ def token_files(path: Path) -> list[Path]:
 def split_files(files: Sequence[Path], config: Any) -> list[CellSource]:
     """Training and validation cells of count files: by cell, or by whole groups of `config.split_by`.
 
-    Raises  ValueError if the column is missing or there are too few groups to hold one out
+    Raises  ValueError if that column or the one with cell types is missing, or there are too few groups to hold one out
     """
     options = {"layer": config.layer, "gene_ids": config.gene_ids}
     groups = []
     for file in files:
         with open_counts(file, layer=config.layer) as matrix:
+            for column in (config.split_by, config.cell_type):
+                if column is not None and column not in matrix.obs:
+                    raise ValueError(f"{file}: obs has no column {column!r}; it has {', '.join(map(str, matrix.obs))}.")
             if config.split_by is None:
-                groups.append(np.arange(matrix.n_cells).astype(str) + f"@{file}")
-            elif config.split_by in matrix.obs:
-                groups.append(matrix.obs[config.split_by].astype(str).to_numpy())
+                groups.append(np.char.add(np.arange(matrix.n_cells).astype(str), f"@{file}"))
             else:
-                raise ValueError(
-                    f"{file}: obs has no column {config.split_by!r} to split by; it has {', '.join(matrix.obs)}."
-                )
+                groups.append(matrix.obs[config.split_by].astype(str).to_numpy(dtype=str))
     names, index, counts = np.unique(np.concatenate(groups), return_inverse=True, return_counts=True)
     order = np.random.default_rng(config.seed).permutation(len(names))
     n_held_out = int(np.searchsorted(np.cumsum(counts[order]), config.validation_fraction * counts.sum())) + 1

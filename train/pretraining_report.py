@@ -30,7 +30,9 @@ from .pretraining_data import CellSource, PretrainingData
 MAX_CELLS = 5_000
 
 
-def write_report(model: Any, data: PretrainingData, config: Any, result: TrainingResult, output: Path) -> dict[str, Any]:
+def write_report(
+    model: Any, data: PretrainingData, config: Any, result: TrainingResult, output: Path
+) -> dict[str, Any]:
     """Measures, draws, prints, and writes `model/` and `report.json`; returns the report."""
     log = read_metrics(output / "metrics.jsonl")
     loss = reference_losses(data)
@@ -86,10 +88,7 @@ class LabelledCells:
 
 
 def labelled_cells(data: PretrainingData, cell_type: str | None) -> LabelledCells:
-    """Up to MAX_CELLS cells of each split, drawn with a fixed seed, with a column of obs as label.
-
-    Raises  ValueError if `cell_type` is given but a source lacks it
-    """
+    """Up to MAX_CELLS cells of each split, drawn with a fixed seed, with a column of obs as label if all sources have it."""
     draws = {
         split: _draw([getattr(s, split) for s in data.sources], np.random.default_rng(i))
         for i, split in enumerate(("train", "validation"))
@@ -104,12 +103,7 @@ def labelled_cells(data: PretrainingData, cell_type: str | None) -> LabelledCell
             expression.append(counts[filled])
             held_out.append(draws["validation"][i][cells][filled])
             column = cell_type or "cell_type"
-            if column not in obs:
-                if cell_type is not None:
-                    raise ValueError(f"{source.source}: obs has no column {cell_type!r}; it has {', '.join(obs)}.")
-                labels.append(None)
-            else:
-                labels.append(obs[column].astype(str).to_numpy()[filled])
+            labels.append(obs[column].astype(str).to_numpy()[filled] if column in obs else None)
     known = None if any(part is None for part in labels) else np.concatenate(labels)
     return LabelledCells(tokens, sp.csr_matrix(sp.vstack(expression)), np.concatenate(held_out), known)
 
@@ -123,12 +117,19 @@ def probe_cell_types(
     expression = cells.expression.toarray()
     features = {
         "log counts": expression,
-        "embeddings, untrained network": embed_tokens(cells.tokens, untrained, data.tokenizer, max_tokens=config.max_tokens),
+        "embeddings, untrained network": embed_tokens(
+            cells.tokens, untrained, data.tokenizer, max_tokens=config.max_tokens
+        ),
         "embeddings": embeddings,
     }
     test = cells.held_out
     train_labels, test_labels = cells.labels[~test], cells.labels[test]
-    rows = [{"features": "majority type", **accuracy_with_interval(test_labels, majority_prediction(train_labels, test.sum()))}]
+    rows = [
+        {
+            "features": "majority type",
+            **accuracy_with_interval(test_labels, majority_prediction(train_labels, test.sum())),
+        }
+    ]
     for name, x in features.items():
         predicted = linear_probe(x[~test], train_labels, x[test])
         rows.append({"features": name, **accuracy_with_interval(test_labels, predicted)})
@@ -152,9 +153,13 @@ def format_report(report: dict[str, Any], output: Path) -> str:
         lines += ["", f"cell type of {first['n_test']:,} held-out cells          accuracy  95% interval    macro F1"]
         for row in report["probe"]:
             name = row["features"] if row["features"] == "majority type" else f"logistic regression, {row['features']}"
-            lines.append(f"  {name:<43}{row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  {row['macro_f1']:.3f}")
+            lines.append(
+                f"  {name:<43}{row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  {row['macro_f1']:.3f}"
+            )
     figures = ", ".join(path.name for path in sorted(output.glob("*.png")))
-    return "\n".join([*lines, "", f"model: {output / 'model'}", *([f"figures: {figures} in {output}"] if figures else [])])
+    return "\n".join(
+        [*lines, "", f"model: {output / 'model'}", *([f"figures: {figures} in {output}"] if figures else [])]
+    )
 
 
 def _subset(dataset: Any) -> Any:
@@ -172,7 +177,9 @@ def _draw(masks: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]
     return np.split(chosen, np.cumsum([len(mask) for mask in masks])[:-1])
 
 
-def _read_cells(source: CellSource, cells: np.ndarray, tokenizer: Any) -> tuple[list[np.ndarray], sp.csr_matrix, pd.DataFrame]:
+def _read_cells(
+    source: CellSource, cells: np.ndarray, tokenizer: Any
+) -> tuple[list[np.ndarray], sp.csr_matrix, pd.DataFrame]:
     """Tokens, log(1 + counts per 10,000) over the vocabulary, and obs of the marked cells, in file order."""
     options = source.options
     encoded = tokenizer.encode_anndata(source.source, cells=cells, **options).with_format("numpy")["input_ids"][:]

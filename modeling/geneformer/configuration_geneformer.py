@@ -42,8 +42,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attention_probs_dropout_prob": 0.1,
         "max_position_embeddings": 4096,
     },
-    # Not published: small enough to pre-train on a laptop
-    "small": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256},
+    # Not published: small enough to pre-train on a laptop. No dropout: on a CPU its random numbers and the slower attention
+    # it forces take more time than all the rest.
+    "small": {
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
 }
 
 
@@ -99,7 +107,9 @@ class GeneformerConfig(PreTrainedConfig):
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The configuration file's content; one of the original Geneformer (a BERT) is read as ours.
 
         Raises  ValueError for a BERT that is no Geneformer encoder (decoder, relative positions)

@@ -1,0 +1,91 @@
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from cellglot.train.config import option, parse_config, write_run_record
+from cellglot.train.loop import LoopConfig
+from cellglot.train.pretrain import PretrainConfig
+
+
+@dataclass
+class Tiny:
+    rate: float = option(1e-3, "rate")
+    steps: int | None = option(None, "steps")
+    kind: Literal["a", "b"] = option("a", "kind")
+    flag: bool = option(True, "flag")
+    names: list[str] = option(["x"], "names")
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return ["--recipe", str(path)]
+
+
+def test_defaults_recipe_and_command_line_in_that_order(tmp_path):
+    assert parse_config(Tiny, []) == Tiny()
+    words = recipe(tmp_path, "rate: 1e-2\nsteps: 7\nflag: false\nnames: [p, q]\nkind: null\n")
+    assert parse_config(Tiny, words) == Tiny(0.01, 7, "a", False, ["p", "q"])
+    assert parse_config(Tiny, ["--rate", "3", *words, "--kind=b", "--flag", "true"]) == Tiny(
+        3.0, 7, "b", True, ["p", "q"]
+    )
+    assert parse_config(Tiny, [f"--recipe={words[1]}"]).steps == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("step: 3", [], "unknown option 'step' (did you mean 'steps'?)"),
+        ("", ["--stepz", "3"], "unknown option 'stepz' (did you mean 'steps'?)"),
+        ("", ["--rat", "3"], "unknown option 'rat' (did you mean 'rate'?)"),
+        ("steps: many", [], "argument --steps: invalid int value: 'many'"),
+        ("kind: c", [], "argument --kind: invalid choice: 'c'"),
+        ("- a\n- b", [], "expected `option: value` lines, found a list"),
+        ("a: [", [], "is not valid YAML"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_errors(text, words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Tiny, [*recipe(tmp_path, text), *words])
+    assert message in capsys.readouterr().err
+
+
+def test_missing_recipe(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Tiny, ["--recipe", "nowhere.yaml"])
+    assert "nowhere.yaml: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--batch_size", "0"],
+        ["--learning_rate", "-1"],
+        ["--resume", "true", "--overwrite", "true"],
+        ["--model", "v9"],
+        ["--validation_fraction", "1.5"],
+    ],
+)
+def test_impossible_values_are_errors(words, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(PretrainConfig, words)
+    assert "error:" in capsys.readouterr().err
+
+
+def test_recipes_in_the_tree_parse():
+    recipes = sorted((Path(__file__).parents[2] / "train" / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        assert parse_config(PretrainConfig, ["--recipe", str(path)]) != PretrainConfig()
+
+
+def test_run_record_says_what_the_run_depends_on(tmp_path):
+    write_run_record(tmp_path / "run.json", LoopConfig(), data="abc")
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["config"]["batch_size"] == LoopConfig().batch_size
+    assert record["versions"]["torch"]
+    assert record["data"] == "abc"
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]

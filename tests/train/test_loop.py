@@ -1,0 +1,304 @@
+"""The loop: accumulation and processes change nothing, a killed run goes on to the same losses, and it ends cleanly.
+
+Runs are real ones of train/pretrain.py on synthetic cells, in processes of their own, because that is what gets killed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from cellglot.train import checkpoint
+from cellglot.train.loop import (
+    LoopConfig,
+    learning_rate_at,
+    make_accelerator,
+    mean_loss,
+    prepare_output,
+    read_metrics,
+    train,
+)
+
+from ..conftest import ROOT, synthetic_cells
+
+PRETRAIN = str(ROOT / "train" / "pretrain.py")
+TINY = {
+    "model": "small",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "batch_size": 13,
+    "max_steps": 30,
+    "save_every": 7,
+    "eval_every": 10,
+    "log_every": 1,
+    "report": "false",
+    "cpu_threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(2):
+        synthetic_cells(67, 31, seed=i).write_h5ad(folder / f"part{i}.h5ad")
+    return folder
+
+
+def command(corpus, output, launcher=(), **options):
+    words = [word for name, value in {**TINY, **options}.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, *launcher, PRETRAIN, "--data", str(corpus), "--output", str(output), *words]
+
+
+def environment():
+    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def run(corpus, output, launcher=(), expect=0, **options):
+    words = command(corpus, output, launcher, **options)
+    result = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert result.returncode == expect, result.stderr[-3000:]
+    return result
+
+
+def losses(output):
+    return {line["step"]: line["loss"] for line in read_metrics(output / "metrics.jsonl") if "loss" in line}
+
+
+def start_and_signal_at(corpus, output, step, number, **options):
+    """Starts a run and sends it a signal as soon as its log reaches `step`; returns the finished process."""
+    process = subprocess.Popen(
+        command(corpus, output, **options), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while max(losses(output), default=0) < step and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    return process
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "run"
+    # Dropout, so that the random state matters.
+    run(corpus, output, dropout=0.1)
+    return output
+
+
+def final_weights(output):
+    from safetensors.torch import load_file
+
+    return load_file(output / "model" / "model.safetensors")
+
+
+def test_killed_again_and_again_a_run_ends_with_the_same_losses(corpus, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    kills = 0
+    for step in (3, 12, 23):
+        resume = {"resume": "true"} if (output / "run.json").exists() else {}
+        process = start_and_signal_at(corpus, output, step, signal.SIGKILL, dropout=0.1, **resume)
+        kills += process.returncode == -signal.SIGKILL
+        assert not (output / "model").exists()
+    assert kills == 3
+    result = run(corpus, output, dropout=0.1, resume="true")
+    assert "Resuming at step" in result.stdout
+    # To the last bit, training and validation alike.
+    assert read_metrics(output / "metrics.jsonl") == read_metrics(uninterrupted / "metrics.jsonl")
+    ours, expected = final_weights(output), final_weights(uninterrupted)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert [p.name for p in checkpoint.list_checkpoints(output / "checkpoints")] == ["step-00000028", "step-00000030"]
+    assert not list((output / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_the_run_goes_on(corpus, uninterrupted, tmp_path, number):
+    output = tmp_path / "run"
+    process = start_and_signal_at(corpus, output, 4, number, dropout=0.1)
+    assert process.returncode == 130
+    (saved,) = checkpoint.list_checkpoints(output / "checkpoints")[-1:]
+    assert json.loads((saved / "state.json").read_text())["step"] >= 4
+    run(corpus, output, dropout=0.1, resume="true")
+    assert losses(output) == losses(uninterrupted)
+
+
+def test_two_processes_give_the_same_loss_curve(corpus, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(corpus, one)
+    run(corpus, two, ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))
+    a, b = losses(one), losses(two)
+    assert list(a) == list(b) == list(range(1, 31))
+    # 1e-4: float32 gradients summed in another order, amplified over 30 steps of Adam
+    np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=1e-4)
+    validation = [
+        [line["validation_loss"] for line in read_metrics(o / "metrics.jsonl") if "validation_loss" in line]
+        for o in (one, two)
+    ]
+    assert len(validation[0]) == 3
+    np.testing.assert_allclose(*validation, rtol=1e-4)
+    assert json.loads((two / "run.json").read_text())["n_processes"] == 2
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_step(corpus, tmp_path):
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    run(corpus, whole, max_steps=10)
+    run(corpus, pieces, max_steps=10, max_tokens=40)
+    np.testing.assert_allclose(list(losses(pieces).values()), list(losses(whole).values()), rtol=1e-4)
+
+
+def test_a_finished_or_foreign_folder_is_not_touched(corpus, uninterrupted, tmp_path):
+    before = sorted(p.stat().st_mtime_ns for p in uninterrupted.rglob("*"))
+    result = run(corpus, uninterrupted, expect=1)
+    assert "holds an earlier run. Pass --resume to go on with it, --overwrite to start anew" in result.stderr
+    assert sorted(p.stat().st_mtime_ns for p in uninterrupted.rglob("*")) == before
+    (tmp_path / "thesis.txt").write_text("irreplaceable")
+    for options in ({}, {"overwrite": "true"}):
+        assert "files that are no run" in run(corpus, tmp_path, expect=1, **options).stderr
+    assert (tmp_path / "thesis.txt").read_text() == "irreplaceable"
+
+
+def test_resuming_with_other_options_is_refused(corpus, uninterrupted, tmp_path):
+    import shutil
+
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted, output)
+    result = run(corpus, output, expect=1, resume="true", dropout=0.1, max_steps=40)
+    assert "belongs to a run of 30 steps, this one has 40" in result.stderr
+    result = run(corpus, output, expect=1, resume="true", validation_fraction=0.3)
+    assert "was made from other data or options" in result.stderr
+
+
+# ---- in this process: arithmetic and corner cases
+
+
+class Line(torch.nn.Module):
+    """y = w x; loss the mean squared error."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(1, 3))
+
+    def forward(self, x, y):
+        class Output:
+            loss = ((x @ self.w.T - y) ** 2).mean()
+
+        return Output
+
+
+def line_data(n=29):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, 3)).astype(np.float32)
+    return [{"x": row, "y": row @ np.array([1, -2, 3], dtype=np.float32)} for row in x]
+
+
+def collate_line(rows, keys):
+    assert len(rows) == len(keys)
+    return {"x": torch.tensor(np.stack([r["x"] for r in rows])), "y": torch.tensor([[r["y"]] for r in rows])}
+
+
+def line_config(tmp_path, **options):
+    defaults = {"batch_size": 7, "warmup_steps": 0, "learning_rate": 0.05, "max_tokens": 100, "max_steps": 40}
+    return LoopConfig(output=str(tmp_path), **{**defaults, **options})
+
+
+def fit_line(tmp_path, **options):
+    config = line_config(tmp_path, **options)
+    torch.manual_seed(0)
+    model, data = Line(), line_data()
+    accelerator = Accelerator(cpu=True)
+    result = train(model, data, np.ones(len(data)), collate_line, config, accelerator)
+    return model, result
+
+
+def test_any_model_with_a_loss_trains(tmp_path):
+    model, result = fit_line(tmp_path, max_steps=200)
+    assert result.step == 200
+    torch.testing.assert_close(model.w.detach(), torch.tensor([[1.0, -2.0, 3.0]]), atol=0.05, rtol=0)
+
+
+def test_steps_equal_plain_torch(tmp_path):
+    """The loop against ten lines of PyTorch: the same batches, AdamW, clipping and schedule."""
+    from cellglot.train.batches import EpochPlan
+
+    model, _ = fit_line(tmp_path, max_steps=12, max_grad_norm=0.5, max_tokens=3)
+    reference, data = Line(), line_data()
+    optimizer = torch.optim.AdamW(reference.parameters(), weight_decay=0.001)
+    config = line_config(tmp_path, max_steps=12)
+    for step in range(12):
+        epoch, position = divmod(step, 5)
+        order = EpochPlan(np.ones(29), batch_size=7, max_tokens=100, epoch=epoch).order
+        rows = [data[i] for i in order[position * 7 : position * 7 + 7]]
+        reference(**collate_line(rows, rows)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step, 12, config)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(model.w, reference.w, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_learning_rate(schedule, tmp_path):
+    config = line_config(tmp_path, schedule=schedule, warmup_steps=10, learning_rate=2.0)
+    rates = np.array([learning_rate_at(step, 100, config) for step in range(100)])
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10 * 2)
+    assert rates[10] == 2.0
+    assert (np.diff(rates[10:]) <= 0).all()
+    assert rates[-1] == 2.0 if schedule == "constant" else 0 < rates[-1] < 0.05
+    share = line_config(tmp_path, schedule=schedule, warmup_steps=0.1, learning_rate=2.0)
+    np.testing.assert_allclose([learning_rate_at(step, 100, share) for step in range(100)], rates)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"loss of step \d+ is (nan|inf).*Lower learning_rate"):
+        fit_line(tmp_path, learning_rate=1e30, max_grad_norm=1e30, log_every=1, save_every=1)
+
+
+def test_last_n_checkpoints_are_kept(tmp_path):
+    fit_line(tmp_path, max_steps=20, save_every=4, keep_last=3)
+    names = [p.name for p in checkpoint.list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-00000012", "step-00000016", "step-00000020"]
+    suffixes = {p.suffix for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()}
+    assert suffixes == {".safetensors", ".json"}
+
+
+def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    fit_line(tmp_path, max_steps=4, save_every=4)
+    (kept,) = checkpoint.list_checkpoints(tmp_path / "checkpoints")
+
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        fit_line(tmp_path, max_steps=4, save_every=2)
+    assert checkpoint.list_checkpoints(tmp_path / "checkpoints") == [kept]
+    config = line_config(tmp_path, resume=True)
+    (tmp_path / "run.json").write_text("{}")
+    prepare_output(config, Accelerator(cpu=True))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [kept.name]
+
+
+def test_mean_loss_is_over_items_not_batches():
+    data, model = line_data(), Line()
+    expected = model(**collate_line(data, data)).loss.item()
+    for tokens in (1, 7, 1000):
+        found = mean_loss(model, data, np.ones(29), collate_line, Accelerator(cpu=True), max_tokens=tokens)
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_trackers(tmp_path):
+    with pytest.raises(ValueError, match="Unknown tracker 'tensorbored'; accelerate knows .*tensorboard"):
+        make_accelerator(line_config(tmp_path, trackers=["tensorbored"]))
+    config = line_config(tmp_path, trackers=["tensorboard"], max_steps=5, log_every=5)
+    data = line_data()
+    train(Line(), data, np.ones(len(data)), collate_line, config, make_accelerator(config))
+    assert list(Path(tmp_path).rglob("events.out.tfevents*"))

@@ -1,0 +1,193 @@
+"""train/pretrain.py end to end on small data: what it leaves, what it prints, what it refuses."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from cellglot import GeneformerForMaskedLM, RankValueTokenizer
+from cellglot.tokenization.medians import vocabulary_from_corpus
+from cellglot.tokenization.rank_value import SPECIAL_TOKENS
+from cellglot.train.loop import read_metrics
+from cellglot.train.pretrain import PretrainConfig, main
+from cellglot.train.pretraining_data import find_sources, prepare_data
+
+from ..conftest import make_tokenizer, synthetic_cells
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_steps": 6,
+    "batch_size": 16,
+    "eval_every": 3,
+}
+
+
+def words(**options):
+    return [word for name, value in {**SMALL, **options}.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(2):
+        synthetic_cells(60, 31, seed=i).write_h5ad(folder / f"part{i}.h5ad")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "run"
+    main(words(data=corpus, output=output))
+    return output
+
+
+def test_leaves_a_complete_model_directory(finished):
+    names = {p.name for p in (finished / "model").iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "gene_medians.json",
+        "gene_aliases.json",
+        "modeling_geneformer.py",
+        "configuration_geneformer.py",
+        "rank_value.py",
+        "README.md",
+        "metrics.json",
+        "loss_curve.png",
+        "umap.png",
+    } <= names
+    assert not [p for p in finished.rglob("*") if p.suffix in {".bin", ".pkl", ".pt", ".tmp"}]
+    model = GeneformerForMaskedLM.from_pretrained(finished / "model")
+    tokenizer = RankValueTokenizer.from_pretrained(finished / "model")
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.max_position_embeddings == tokenizer.model_max_length == 2048
+
+
+def test_report_and_card_hold_the_run_s_own_figures(finished):
+    report = json.loads((finished / "report.json").read_text())
+    log = read_metrics(finished / "metrics.jsonl")
+    assert report["validation_loss"] == log[-1]["validation_loss"]
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 7))
+    assert report["uniform_loss"] == pytest.approx(np.log(report["vocabulary"] - 2))
+    assert [row["features"] for row in report["probe"]] == [
+        "majority type",
+        "log counts",
+        "embeddings, untrained network",
+        "embeddings",
+    ]
+    card = (finished / "model" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    metrics = front["model-index"][0]["results"][0]["metrics"]
+    assert metrics[0]["value"] == round(report["validation_loss"], 4)
+    assert f"| this model | {report['validation_loss']:.3f} |" in card
+    # Six steps teach nothing, and the card says so before anything else.
+    assert card.index("does not beat the frequency of genes") < card.index("## Loading")
+    assert "trust_remote_code=True" in card
+
+
+def test_pictures_are_pictures(finished):
+    from matplotlib.image import imread
+
+    for name in ("loss_curve.png", "umap.png"):
+        image = imread(finished / name)
+        assert min(image.shape[:2]) > 300
+        assert image[..., :3].std() > 0.01
+
+
+def config(**options):
+    return replace(PretrainConfig(), **options)
+
+
+def test_medians_come_from_training_cells_only(corpus, tmp_path):
+    data = prepare_data(config(data=str(corpus), validation_fraction=0.4), tmp_path / "data")
+    sources = data.sources
+    assert sum(s.train.sum() for s in sources) + sum(s.validation.sum() for s in sources) == 120
+    assert not any((s.train & s.validation).any() for s in sources)
+    assert sum(s.validation.sum() for s in sources) == pytest.approx(48, abs=1)
+    table = vocabulary_from_corpus(
+        [s.source for s in sources],
+        special_tokens=SPECIAL_TOKENS["v1"],
+        cells=[s.train for s in sources],
+        progress=False,
+    )
+    assert data.tokenizer.gene_medians == dict(zip(table["token"][2:], table["nonzero_median"][2:], strict=True))
+    assert len(data.train) == sum(s.train.sum() for s in sources)
+
+
+def test_groups_are_held_out_whole(corpus):
+    sources, _, _ = find_sources(config(data=str(corpus), split_by="donor", validation_fraction=0.3))
+    donors = {"train": set(), "validation": set()}
+    for i, source in enumerate(sources):
+        obs = synthetic_cells(60, 31, seed=i).obs["donor"].to_numpy()
+        for split, found in donors.items():
+            found |= set(obs[getattr(source, split)])
+    assert donors["train"]
+    assert donors["validation"]
+    assert not donors["train"] & donors["validation"]
+
+
+def test_tokens_with_a_vocabulary_train_too(tmp_path, capsys):
+    tokenizer = make_tokenizer(31)
+    cells = tokenizer.encode_anndata(synthetic_cells(80, 31))
+    cells.to_parquet(tmp_path / "tokens.parquet")
+    tokenizer.save_pretrained(tmp_path / "vocabulary")
+    main(words(data=tmp_path / "tokens.parquet", vocabulary=tmp_path / "vocabulary", output=tmp_path / "run"))
+    printed = capsys.readouterr().out
+    assert "rank-binned unigram" in printed
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["n_train_cells"], report["n_validation_cells"]) == (68, 12)
+    assert report["probe"] == []
+    assert (tmp_path / "run" / "model" / "loss_curve.png").exists()
+
+
+def test_v2_layout_trains_without_masking_special_tokens(corpus, tmp_path):
+    main(words(data=corpus, output=tmp_path / "run", layout="v2", report="false"))
+    model = GeneformerForMaskedLM.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.max_position_embeddings == 4096
+    assert RankValueTokenizer.from_pretrained(tmp_path / "run" / "model").cls_token_id == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "nowhere"}, "--data nowhere does not exist"),
+        ({"data": "EMPTY"}, "holds neither .h5ad, .loom, .h5 with counts nor .parquet"),
+        ({"data": "TOKENS"}, "holds token ids: pass the vocabulary"),
+        ({"data": "TOKENS", "vocabulary": "SMALLER"}, "token id 32, but the vocabulary has 9 tokens"),
+        ({"data": "CORPUS", "split_by": "patient"}, "no column 'patient'; it has cell_type, donor"),
+        ({"data": "CORPUS", "split_by": "cell_type", "validation_fraction": 0.9}, "cannot be split"),
+        ({"data": "CORPUS", "cell_type": "celltype"}, "no column 'celltype'; it has cell_type, donor"),
+        ({"data": "CORPUS", "layer": "counts"}, "has no layer 'counts'; it has X"),
+        ({"data": "CORPUS", "trackers": "tensorbored"}, "Unknown tracker 'tensorbored'"),
+    ],
+)
+def test_bad_data_ends_with_one_clear_line(options, message, corpus, tmp_path):
+    (tmp_path / "EMPTY").mkdir()
+    ids = [list(range(2, 33))] * 9
+    pd.DataFrame({"input_ids": ids}).to_parquet(tmp_path / "TOKENS.parquet")
+    make_tokenizer(7).save_pretrained(tmp_path / "SMALLER")
+    places = {
+        "EMPTY": tmp_path / "EMPTY",
+        "TOKENS": tmp_path / "TOKENS.parquet",
+        "CORPUS": corpus,
+        "SMALLER": tmp_path / "SMALLER",
+    }
+    options = {name: places.get(value, value) for name, value in options.items()}
+    with pytest.raises(SystemExit, match=message):
+        main(words(output=tmp_path / "run", **options))
+    assert not (tmp_path / "run" / "data" / "data.json").exists()
+
+
+def test_the_default_corpus_is_found_offline():
+    sources, description, _ = find_sources(PretrainConfig())
+    assert "PBMC" in description
+    assert [int(s.train.sum()) for s in sources] == [595, 0]
+    assert [int(s.validation.sum()) for s in sources] == [0, 105]
