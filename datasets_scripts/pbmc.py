@@ -27,7 +27,7 @@ SPLIT_SEED = 0
 MAX_ROUNDING = 0.25
 
 
-def recover_counts(log_values_ng: sp.spmatrix) -> sp.csr_matrix:
+def recover_counts(log_values_ng: sp.csr_matrix | np.ndarray) -> sp.csr_matrix:
     """Raw counts from log(1 + counts * factor of the cell), given that each cell's smallest count is one.
 
     log_values_ng  (cells, genes)

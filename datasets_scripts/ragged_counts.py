@@ -1,7 +1,7 @@
 """The schema of every expression corpus: one row a cell, its detected genes and their counts.
 
-`gene_index` (list of int32, ascending) and `count` (list of float32) hold a cell's non-zero counts; columns of `obs` stand
-beside them. The genes themselves are stored once, in `genes.parquet` in the same folder: row i is gene_index i.
+`gene_index` (list of int32, ascending) and `count` (list of float32) hold a cell's non-zero counts; columns of `obs`
+stand beside them. The genes themselves are stored once, in `genes.parquet` in the same folder: row i is gene_index i.
 """
 
 from pathlib import Path
@@ -23,6 +23,9 @@ def ragged_features(obs: dict[str, Any]) -> datasets.Features:
 
 class RaggedCountsBuilder(datasets.GeneratorBasedBuilder):
     """Base of the corpus builders: a gene table beside the data, written and renamed together with it."""
+
+    # The library sets it before it builds anything.
+    _output_dir: str
 
     def gene_table(self) -> pd.DataFrame:
         """(genes,) DataFrame with column gene_id, in the order of gene_index."""

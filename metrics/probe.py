@@ -11,7 +11,7 @@ STRENGTHS = (0.003, 0.01, 0.1, 1.0)
 
 def linear_probe(
     train_features: np.ndarray,
-    train_labels: Sequence[str],
+    train_labels: Sequence[str] | np.ndarray,
     test_features: np.ndarray,
     *,
     strengths: Sequence[float] = STRENGTHS,
@@ -40,13 +40,17 @@ def linear_probe(
     return search.predict(test_features)
 
 
-def majority_prediction(train_labels: Sequence[str], n_test: int) -> np.ndarray:
+def majority_prediction(train_labels: Sequence[str] | np.ndarray, n_test: int) -> np.ndarray:
     """The most frequent training label, for every test cell."""
     return np.repeat(pd.Series(list(train_labels)).mode()[0], n_test)
 
 
 def accuracy_with_interval(
-    labels: Sequence[str], predictions: Sequence[str], *, n_bootstrap: int = 2000, seed: int = 0
+    labels: Sequence[str] | np.ndarray,
+    predictions: Sequence[str] | np.ndarray,
+    *,
+    n_bootstrap: int = 2000,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Accuracy with its 95% bootstrap interval over cells, and macro F1 over the types among the labels.
 
@@ -58,5 +62,6 @@ def accuracy_with_interval(
     hits = truth == predicted
     draws = np.random.default_rng(seed).integers(len(hits), size=(n_bootstrap, len(hits)))
     low, high = np.quantile(hits[draws].mean(axis=1), [0.025, 0.975])
-    f1 = f1_score(truth, predicted, average="macro", labels=np.unique(truth), zero_division=0)
+    types = np.unique(truth)
+    f1 = f1_score(truth, predicted, average="macro", labels=types, zero_division=0)  # type: ignore[arg-type]
     return {"accuracy": float(hits.mean()), "low": float(low), "high": float(high), "macro_f1": float(f1)}

@@ -1,8 +1,9 @@
 """Fixtures shared by all tests. No test needs a network: the Hub client is told so before anything imports it."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -39,7 +40,7 @@ def ensembl(n: int, start: int = 1) -> list[str]:
     return [f"ENSG{i:011d}" for i in range(start, start + n)]
 
 
-def vocabulary_table(genes: list[str], medians: np.ndarray, layout: str = "v1") -> pd.DataFrame:
+def vocabulary_table(genes: list[str], medians: Sequence[float] | np.ndarray, layout: str = "v1") -> pd.DataFrame:
     special = SPECIAL_TOKENS[layout]
     tokens = [*special, *genes]
     return pd.DataFrame(
@@ -52,7 +53,7 @@ def vocabulary_table(genes: list[str], medians: np.ndarray, layout: str = "v1") 
 
 
 def make_tokenizer(
-    n_genes: int = 7, layout: str = "v1", medians: np.ndarray | None = None, **options
+    n_genes: int = 7, layout: Literal["v1", "v2"] = "v1", medians: np.ndarray | None = None, **options
 ) -> RankValueTokenizer:
     medians = np.ones(n_genes) if medians is None else medians
     return RankValueTokenizer.from_vocabulary(vocabulary_table(ensembl(n_genes), medians, layout), layout, **options)

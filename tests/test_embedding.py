@@ -1,3 +1,5 @@
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from .conftest import make_tokenizer, synthetic_cells
 from .modeling.test_geneformer import tiny_model
 
 
-def setup(layout="v1", n_genes=31):
+def setup(layout: Literal["v1", "v2"] = "v1", n_genes=31):
     tokenizer = make_tokenizer(n_genes, layout)
     return tiny_model(vocab_size=len(tokenizer), max_position_embeddings=64), tokenizer, synthetic_cells(13, n_genes)
 

@@ -1,7 +1,8 @@
 """Raw counts from the files labs have, read in blocks of cells.
 
-`open_counts` turns an AnnData, an `.h5ad` (CSR, CSC or dense; X, a layer or `raw`), a `.loom`, a 10x `.h5` or a 10x `.mtx`
-folder into a `CountMatrix`. Files are never loaded whole: memory is bounded by the block. (An `.mtx` folder is text, and is.)
+`open_counts` turns an AnnData, an `.h5ad` (CSR, CSC or dense; X, a layer or `raw`), a `.loom`, a 10x `.h5` or a 10x
+`.mtx` folder into a `CountMatrix`. Files are never loaded whole: memory is bounded by the block. (An `.mtx` folder is
+text, and is.)
 
 Axis letters: n cells, g genes.
 """
@@ -60,7 +61,7 @@ class CountMatrix:
                 yield wanted, block if len(wanted) == stop - start else block[wanted - start]
 
     def gene_names(self, column: str | None = None) -> list[str]:
-        """Gene identifiers: those of a column of `var`, or of the first of `GENE_ID_COLUMNS` there is, else the index."""
+        """Gene identifiers: of a column of `var`, or of the first of `GENE_ID_COLUMNS` there is, else the index."""
         if column is not None and column not in self.var:
             raise ValueError(
                 f"{self.name}: var has no column {column!r}; it has {', '.join(map(str, self.var)) or 'none'}."
@@ -83,8 +84,8 @@ class CountMatrix:
             row = int(np.flatnonzero(bad)[0])
             raise ValueError(
                 f"{self.name}: obs['n_counts'] of cell {str(self.obs.index[cells[row]])!r} is {totals[row]:g}, smaller "
-                f"than the sum of its counts ({sums[row]:g}); {int(bad.sum()):,} such cells in this block. It must be the "
-                "total over all genes before any was dropped: correct the column, or delete it to use the sums."
+                f"than the sum of its counts ({sums[row]:g}); {int(bad.sum()):,} such cells in this block. It must be "
+                "the total over all genes before any was dropped: correct the column, or delete it to use the sums."
             )
         return totals
 
@@ -172,7 +173,9 @@ def _from_anndata(adata: Any, layer: str | None) -> CountMatrix:
         if matrix is None:
             return None
         # In memory, slicing CSC by cells costs a pass over all values for every block; one conversion does it once.
-        rows = matrix.tocsr() if sp.issparse(matrix) and matrix.format != "csr" else matrix
+        rows: Any = matrix
+        if sp.issparse(matrix) and rows.format != "csr":
+            rows = rows.tocsr()
         return lambda start, stop: rows[start:stop]
 
     layers = dict(adata.layers)
@@ -188,7 +191,18 @@ def _from_anndata(adata: Any, layer: str | None) -> CountMatrix:
 
 
 def _from_h5ad(file: Any, layer: str | None) -> CountMatrix:
+    import h5py
     from anndata.io import read_elem
+
+    if isinstance(file.get("obs"), h5py.Dataset):
+        # Written by AnnData before 0.7, with tables as compound data sets. Rare enough to be read whole.
+        import warnings
+
+        import anndata
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _from_anndata(anndata.read_h5ad(file.filename), layer)
 
     def reader(element: Any) -> Callable[[int, int], Any] | None:
         return None if element is None else _h5_reader(element)
@@ -280,7 +294,7 @@ class _CSCRows:
 
 
 def _from_loom(file: Any, layer: str | None) -> CountMatrix:
-    """Loom keeps genes x cells in `/matrix`, annotations in `/row_attrs` and `/col_attrs` (loompy file specification)."""
+    """Loom keeps genes x cells in `/matrix`, annotations in `/row_attrs`, `/col_attrs` (loompy file specification)."""
     matrix = _pick_layer(file.filename, layer, file["matrix"], dict(file.get("layers", {})), None)
     return CountMatrix(
         file.filename,
@@ -379,5 +393,6 @@ def check_counts(
 def _counts_hint(matrix: CountMatrix) -> str:
     found = matrix.raw_alternatives()
     if found:
-        return f"Raw counts seem to be in {', '.join(found)}: pass layer={('None' if found[0] == 'X' else repr(found[0]))}."
+        layer = "None" if found[0] == "X" else repr(found[0])
+        return f"Raw counts seem to be in {', '.join(found)}: pass layer={layer}."
     return "No layer or `raw` here holds counts: go back to the file with the raw counts."

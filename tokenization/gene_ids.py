@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# An Ensembl stable id (gene, transcript or protein of any species) followed by a version: ENSG00000141510.18
-_VERSIONED_ENSEMBL = re.compile(r"^(ENS[A-Z]*\d{11})\.\d+$", re.IGNORECASE)
+# An Ensembl stable id (gene, transcript or protein of any species), maybe followed by a version: ENSG00000141510.18
+_ENSEMBL = re.compile(r"^(ENS[A-Z]*\d{11})(\.\d+)?$", re.IGNORECASE)
 _MOUSE_GENE = re.compile(r"^ENSMUSG\d{11}", re.IGNORECASE)
 _HUMAN_GENE = re.compile(r"^ENSG\d{11}", re.IGNORECASE)
 
@@ -19,10 +19,16 @@ _HUMAN_GENE = re.compile(r"^ENSG\d{11}", re.IGNORECASE)
 GENE_ID_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id", "Accession")
 
 
-def strip_version(gene_id: str) -> str:
-    """The identifier without Ensembl version; any other name, such as the clone `RP11-206L10.9`, unchanged."""
-    match = _VERSIONED_ENSEMBL.match(gene_id)
-    return match[1] if match else gene_id
+def canonical_id(name: str) -> str:
+    """An Ensembl id in upper case and without version; any other name, such as the clone `RP11-206L10.9`, as it is."""
+    name = name.strip()
+    match = _ENSEMBL.match(name)
+    return match[1].upper() if match else name
+
+
+def is_named(name: str) -> bool:
+    """Whether a gene has a name at all; tables have empty fields where a symbol has no identifier."""
+    return name.strip() not in ("", "nan", "None")
 
 
 def examples(names: Iterable[str], n: int = 3) -> str:
@@ -97,7 +103,7 @@ class GeneResolver:
     def _position(self, name: str) -> int:
         found = self._exact.get(name)
         if found is None:
-            found = self._folded.get(strip_version(name.strip()).upper(), -1)
+            found = self._folded.get(canonical_id(name).upper(), -1)
         return found
 
     def explain_no_match(self, match: GeneMatch) -> str:
@@ -106,8 +112,8 @@ class GeneResolver:
         n_mouse = sum(bool(_MOUSE_GENE.match(name)) for name in match.gene_ids)
         if n_mouse > n / 2 and any(_HUMAN_GENE.match(gene) for gene in self.vocabulary[:10]):
             return (
-                f"{n_mouse:,} of {n:,} gene ids are mouse genes (e.g. {examples(match.gene_ids)}), but the vocabulary is "
-                f"human (e.g. {examples(self.vocabulary)}). Map the cells to human one-to-one orthologs first."
+                f"{n_mouse:,} of {n:,} gene ids are mouse genes (e.g. {examples(match.gene_ids)}), but the vocabulary "
+                f"is human (e.g. {examples(self.vocabulary)}). Map the cells to human one-to-one orthologs first."
             )
         unmatched = match.gene_ids[match.index_g < 0]
         return (

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from .count_matrix import check_counts, open_counts
-from .gene_ids import GeneResolver, strip_version
+from .gene_ids import GeneResolver, canonical_id, is_named
 from .rank_encoding import TARGET_SUM
 
 # Values kept as they are before the sketch takes over: 12 bytes each, so about 600 MB.
@@ -172,7 +172,7 @@ def vocabulary_from_corpus(
         tqdm(sources, "medians", disable=not progress), cells or [None] * len(sources), strict=True
     ):
         with open_counts(source, layer=layer) as matrix:
-            names = [strip_version(name) for name in matrix.gene_names(gene_ids)]
+            names = [canonical_id(name) for name in matrix.gene_names(gene_ids)]
             if alias_resolver is not None:
                 match = alias_resolver.match(names)
                 names = [
@@ -182,7 +182,7 @@ def vocabulary_from_corpus(
             for rows, counts in matrix.blocks(mask):
                 check_counts(matrix, rows, counts)
                 total.update(counts, positions, matrix.cell_totals(rows, counts))
-    medians = total.medians()
+    medians = {gene: median for gene, median in total.medians().items() if is_named(gene)}
     if not medians:
         raise ValueError(
             f"No counts above zero in {len(sources)} source(s): there is nothing to build a vocabulary from."

@@ -50,8 +50,8 @@ def rank_value_block(
 
     counts_ng    (cells, genes of the file) raw counts
     n_counts_n   (cells,) total counts of each cell
-    selector_gv  (genes of the file, genes of the vocabulary) one where a column means a gene; columns that mean the same
-                 gene are summed by the product
+    selector_gv  (genes of the file, genes of the vocabulary) one where a column means a gene; columns that mean the
+                 same gene are summed by the product
     Returns      (tokens,) int32 and (cells + 1,) int64 offsets of the cells in it
     """
     counts_nv = sp.csr_matrix(counts_ng.astype(np.float64) @ selector_gv)

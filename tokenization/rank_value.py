@@ -1,8 +1,8 @@
 """`RankValueTokenizer`: cells in, rank-value token ids out, as a transformers tokenizer.
 
 The vocabulary is a WordLevel `tokenizer.json`, so that padding, collators, `AutoTokenizer` and decoding work as for any
-tokenizer; gene medians and aliases lie beside it. V1 has no special tokens around a cell and a context of 2,048; V2 wraps
-it in `<cls>` ... `<eos>` and has 4,096. Source: Theodoris et al., Nature 2023; Chen et al. 2024 (V2).
+tokenizer; gene medians and aliases lie beside it. V1 has no special tokens around a cell and a context of 2,048; V2
+wraps it in `<cls>` ... `<eos>` and has 4,096. Source: Theodoris et al., Nature 2023; Chen et al. 2024 (V2).
 """
 
 import gzip
@@ -53,16 +53,16 @@ class TokenizationReport:
     def __str__(self) -> str:
         return (
             f"{self.name}: {self.n_cells:,} cells; {self.n_matched_genes:,} of {self.n_genes:,} genes and "
-            f"{self.matched_share:.1%} of counts in the vocabulary; {self.n_collapsed_genes:,} columns summed into another; "
-            f"{self.n_truncated_cells:,} cells truncated, {self.n_empty_cells:,} empty"
+            f"{self.matched_share:.1%} of counts in the vocabulary; {self.n_collapsed_genes:,} columns summed into "
+            f"another; {self.n_truncated_cells:,} cells truncated, {self.n_empty_cells:,} empty"
         )
 
 
 class RankValueTokenizer(TokenizersBackend):
     """Rank-value tokenizer of single cells.
 
-    Build one with `from_vocabulary`, load one with `from_pretrained`. No `__init__` here: transformers reloads a subclass
-    that has one as an empty BPE model.
+    Build one with `from_vocabulary`, load one with `from_pretrained`. No `__init__` here: transformers reloads a
+    subclass that has one as an empty BPE model.
     """
 
     # One file name a keyword; transformers resolves them from folders and repositories alike.
@@ -73,6 +73,10 @@ class RankValueTokenizer(TokenizersBackend):
     }
     model_input_names = ["input_ids", "attention_mask"]
     _auto_class = "AutoTokenizer"
+
+    # Content of the two files of a loaded tokenizer
+    _gene_medians_json: bytes
+    _gene_aliases_json: bytes
 
     # ---- building, saving, loading
 
@@ -130,7 +134,8 @@ class RankValueTokenizer(TokenizersBackend):
 
     @classmethod
     def _from_pretrained(cls, resolved_vocab_files: dict[str, str | None], *args: Any, **kwargs: Any) -> Any:
-        # Read now, so that the tokenizer survives its folder (a temporary directory, a pruned cache); parsed on first use.
+        # Read now, so that the tokenizer survives its folder (a temporary directory, a pruned cache); parsed on first
+        # use.
         texts = {}
         for key in ("gene_medians_file", "gene_aliases_file"):
             path = resolved_vocab_files.get(key)
@@ -220,7 +225,8 @@ class RankValueTokenizer(TokenizersBackend):
         """
         import pandas as pd
 
-        matrix_ng = sp.csr_matrix(counts if sp.issparse(counts) else np.atleast_2d(np.asarray(counts)))
+        rows: Any = counts if sp.issparse(counts) else np.atleast_2d(np.asarray(counts))
+        matrix_ng = sp.csr_matrix(rows)
         names = [str(gene) for gene in gene_ids]
         if matrix_ng.shape[1] != len(names):
             raise ValueError(f"counts has {matrix_ng.shape[1]:,} columns but gene_ids has {len(names):,} names.")
@@ -257,6 +263,7 @@ class RankValueTokenizer(TokenizersBackend):
         """
         import datasets
         import pyarrow as pa
+        from datasets.table import InMemoryTable
 
         report = report if report is not None else TokenizationReport()
         batches = self.iter_encoded(
@@ -267,7 +274,7 @@ class RankValueTokenizer(TokenizersBackend):
             raise ValueError(f"{report.name or adata_or_path} has no cells to encode.")
         if cache_file is None:
             table = pa.Table.from_batches([first, *batches])
-            dataset = datasets.Dataset(datasets.table.InMemoryTable(table))
+            dataset = datasets.Dataset(InMemoryTable(table))
         else:
             path = Path(cache_file)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -307,8 +314,8 @@ class RankValueTokenizer(TokenizersBackend):
         empty_cells         cells without a gene of the vocabulary: kept with length 0, dropped, or an error
         min_matched_counts  least share of the counts that must fall on the vocabulary, over the cells so far
         allow_normalized    goes on with values that are no integers
-        Raises              ValueError for what cannot be raw counts of these genes (see `check_counts`), OSError for files
-                            that cannot be read
+        Raises              ValueError for what cannot be raw counts of these genes (see `check_counts`), OSError for
+                            files that cannot be read
         """
         report = report if report is not None else TokenizationReport()
         max_length = self._checked_max_length(max_length)
@@ -342,13 +349,14 @@ class RankValueTokenizer(TokenizersBackend):
         missing = [name for name in obs_columns if name not in matrix.obs]
         if missing:
             raise ValueError(
-                f"{matrix.name}: obs has no column {examples(missing)}; it has {', '.join(map(str, matrix.obs)) or 'none'}."
+                f"{matrix.name}: obs has no column {examples(missing)}; "
+                f"it has {', '.join(map(str, matrix.obs)) or 'none'}."
             )
         if not allow_duplicate_names and not matrix.obs.index.is_unique:
             repeated = matrix.obs.index[matrix.obs.index.duplicated()].unique()
             raise ValueError(
-                f"{matrix.name}: {len(repeated):,} cell names occur more than once, e.g. {examples(repeated)}: cells may be "
-                "in the file twice. Call adata.obs_names_make_unique(), or pass allow_duplicate_names=True."
+                f"{matrix.name}: {len(repeated):,} cell names occur more than once, e.g. {examples(repeated)}: cells "
+                "may be in the file twice. Call adata.obs_names_make_unique(), or pass allow_duplicate_names=True."
             )
 
     def _match_genes(self, matrix: CountMatrix, column: str | None, min_matched_counts: float) -> GeneMatch:
@@ -371,8 +379,8 @@ class RankValueTokenizer(TokenizersBackend):
         report.matched_counts += float(per_gene[match.index_g >= 0].sum())
         if report.matched_share < least:
             raise ValueError(
-                f"{matrix.name}: only {report.matched_share:.1%} of counts fall on genes of the vocabulary (expected at "
-                f"least {least:.0%}). {self.resolver.explain_no_match(match)} "
+                f"{matrix.name}: only {report.matched_share:.1%} of counts fall on genes of the vocabulary (expected "
+                f"at least {least:.0%}). {self.resolver.explain_no_match(match)} "
                 f"min_matched_counts={report.matched_share * 0.9:.2f} goes on all the same."
             )
 
@@ -432,8 +440,8 @@ class RankValueTokenizer(TokenizersBackend):
         if empty.any() and empty_cells == "error":
             names = matrix.obs.index[rows[empty]]
             raise ValueError(
-                f"{matrix.name}: {len(names):,} cells of this block have no gene of the vocabulary, e.g. {examples(names)}. "
-                "Remove them, or pass empty_cells='drop' or 'keep'."
+                f"{matrix.name}: {len(names):,} cells of this block have no gene of the vocabulary, "
+                f"e.g. {examples(names)}. Remove them, or pass empty_cells='drop' or 'keep'."
             )
         columns = {
             "input_ids": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(tokens)),

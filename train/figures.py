@@ -8,7 +8,7 @@ import numpy as np
 
 
 def plot_loss_curve(log: Sequence[dict[str, Any]], references: dict[str, float] | None = None, ax: Any = None) -> Any:
-    """Training loss (thin: each step; thick: running mean) and validation loss over steps, with reference losses as lines.
+    """Training loss (thin: each step; thick: running mean) and validation loss over steps, reference losses as lines.
 
     log         lines of `metrics.jsonl`
     references  name -> loss in nats

@@ -1,11 +1,12 @@
 """The training loop of every method: data, forward, backward, clip, step, log, validate, save.
 
 A model returns `.loss`, the mean over its labelled items; a collator turns examples into a batch. The loop weighs each
-micro-batch by its labelled items, so that accumulation and several processes give the gradient of one large batch. Every
-step is a pure function of seed, epoch and position, so a run that was killed goes on to the same losses.
+micro-batch by its labelled items, so that accumulation and several processes give the gradient of one large batch.
+Every step is a pure function of seed, epoch and position, so a run that was killed goes on to the same losses.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .batches import EpochPlan, MicroBatch, steps_per_epoch
 from .checkpoint import list_checkpoints, load_checkpoint, remove_partial, save_checkpoint
-from .config import option
+from .config import option, write_run_record
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,31 @@ class LoopConfig:
             raise ValueError("resume and overwrite exclude each other.")
 
 
+# Options that may differ when a run is resumed, because the losses do not depend on them
+FREE_OPTIONS = frozenset(
+    [
+        "output",
+        "resume",
+        "overwrite",
+        "max_tokens",
+        "log_every",
+        "eval_every",
+        "save_every",
+        "keep_last",
+        "trackers",
+        "num_workers",
+        "cpu_threads",
+        "gradient_checkpointing",
+        "report",
+        "cell_type",
+    ]
+)
+
+
+class RunError(ValueError):
+    """A run that cannot go on as asked."""
+
+
 @dataclass
 class TrainingResult:
     """How a run ended."""
@@ -112,7 +138,7 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     )
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS=1, which would leave most of a CPU idle.
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
         torch.set_num_threads(config.cpu_threads or max(len(os.sched_getaffinity(0)) // local, 1))
     return accelerator
 
@@ -137,8 +163,17 @@ def prepare_output(config: LoopConfig, accelerator: Accelerator) -> Path:
             raise FileExistsError(f"{output} holds {what}. Pass {mend}.")
         output.mkdir(parents=True, exist_ok=True)
         remove_partial(output / "checkpoints")
+        if not (output / "run.json").exists():
+            # From here on the folder is known as a run, even if this process is killed a moment later.
+            write_run_record(output / "run.json", config)
     accelerator.wait_for_everyone()
     return output
+
+
+def abandon_output(output: Path, accelerator: Accelerator) -> None:
+    """Lets the same command be given again after it failed before the first step: the folder is no longer a run."""
+    if accelerator.is_main_process and not list_checkpoints(output / "checkpoints"):
+        (output / "run.json").unlink(missing_ok=True)
 
 
 def train(
@@ -156,17 +191,19 @@ def train(
 
     examples     map-style data set; examples[i] or examples.__getitems__(indices) give dictionaries
     lengths      (examples,) tokens of each, or ones
-    collate      (examples, keys) -> batch of tensors; a key (seed, epoch, example) seeds what is random about an example
+    collate      (examples, keys) -> batch of tensors; a key (seed, epoch, example) seeds what is random about an
+                 example
     validate     called at `eval_every` and at the end with the model in evaluation mode; returns figures to log
     count_items  labelled items of a batch, over which the model's loss is a mean; by default labels other than -100, or
                  the number of examples
-    Raises       FloatingPointError when the loss is no longer finite; SystemExit(130) after Ctrl-C, with a checkpoint saved
+    Raises       RunError for a checkpoint of another run; FloatingPointError when the loss is no longer finite; SystemExit(130) after Ctrl-C, with a checkpoint
+                 saved
     """
     output = Path(config.output)
     n_steps_an_epoch = steps_per_epoch(len(lengths), config.batch_size)
     n_steps = config.max_steps or math.ceil(config.epochs * n_steps_an_epoch)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[operator]
+        model.activation_checkpointing_enable()  # type: ignore[operator]
     optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.learning_rate, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     # Each process has its own dropout; the weights are those of process 0.
@@ -178,11 +215,7 @@ def train(
     if config.resume and checkpoints:
         state = load_checkpoint(accelerator, checkpoints[-1], model, optimizer)
         step, seconds_before = state["step"], state["seconds"]
-        if state["n_steps"] != n_steps:
-            raise ValueError(
-                f"{checkpoints[-1]} belongs to a run of {state['n_steps']:,} steps, this one has {n_steps:,}: the learning "
-                "rates would not agree. Resume with the same data, epochs, max_steps and batch_size."
-            )
+        check_same_run(checkpoints[-1], state, n_steps, config)
         accelerator.print(f"Resuming at step {step:,} of {n_steps:,} from {checkpoints[-1]}")
     log.start(step)
     started = time.perf_counter()
@@ -192,7 +225,7 @@ def train(
 
     def save() -> Path:
         log.flush()
-        state = {"step": step, "n_steps": n_steps, "seconds": seconds()}
+        state = {"step": step, "n_steps": n_steps, "seconds": seconds(), "config": dataclasses.asdict(config)}
         return save_checkpoint(accelerator, output / "checkpoints", model, optimizer, state, config.keep_last)
 
     def run_validation() -> dict[str, float]:
@@ -241,6 +274,19 @@ def train(
             metrics = run_validation()
     log.flush()
     return TrainingResult(step, seconds(), metrics)
+
+
+def check_same_run(path: Path, state: dict[str, Any], n_steps: int, config: LoopConfig) -> None:
+    """Raises RunError unless a checkpoint's run had the same options and number of steps."""
+    current = json.loads(json.dumps(dataclasses.asdict(config)))
+    changed = [k for k, v in current.items() if k not in FREE_OPTIONS and state["config"].get(k) != v]
+    if changed:
+        what = ", ".join(f"{key} was {state['config'].get(key)!r} and is {current[key]!r}" for key in changed[:3])
+        raise RunError(f"{path} belongs to a run with other options: {what}. Resume with the same ones.")
+    if state["n_steps"] != n_steps:
+        raise RunError(
+            f"{path} belongs to a run of {state['n_steps']:,} steps, this one has {n_steps:,}: the data have changed."
+        )
 
 
 def close(accelerator: Accelerator, *prepared: Any) -> None:
@@ -345,8 +391,8 @@ class MetricsLog:
         for (step, _, norm, rate), loss in zip(pending, losses, strict=True):
             if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"The loss of step {step:,} is {loss}. Lower learning_rate, lengthen warmup_steps, or use bf16 instead "
-                    "of fp16; the last checkpoint is intact."
+                    f"The loss of step {step:,} is {loss}. Lower learning_rate, lengthen warmup_steps, or use bf16 "
+                    "instead of fp16; the last checkpoint is intact."
                 )
             self.write(step, {"loss": loss, "grad_norm": float(norm), "learning_rate": rate}, track=False)
         if pending:
@@ -406,7 +452,7 @@ def _optimizer_step(
     optimizer.zero_grad()
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total, "sum")
-    return total, norm, bool(shared[1])
+    return total, norm, bool(shared[1])  # type: ignore[return-value]
 
 
 def _steps(
@@ -439,7 +485,8 @@ def _steps(
             sampler=range(position, last),
             num_workers=config.num_workers,
             pin_memory=accelerator.device.type == "cuda",
-            # An own generator: the loader would otherwise draw from the one that dropout uses, and a resumed run differ.
+            # An own generator: the loader would otherwise draw from the one that dropout uses, and a resumed run
+            # differ.
             generator=torch.Generator(),
         )
         step += last - position

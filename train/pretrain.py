@@ -17,7 +17,16 @@ import torch
 from cellglot.modeling.geneformer import PRESETS, GeneformerConfig, GeneformerForMaskedLM
 from cellglot.tokenization.gene_masking import MaskedGeneCollator
 from cellglot.train.config import option, parse_config, write_run_record
-from cellglot.train.loop import LoopConfig, close, make_accelerator, mean_loss, prepare_output, train
+from cellglot.train.loop import (
+    LoopConfig,
+    RunError,
+    abandon_output,
+    close,
+    make_accelerator,
+    mean_loss,
+    prepare_output,
+    train,
+)
 from cellglot.train.pretraining_data import prepare_data
 from cellglot.train.pretraining_report import write_report
 
@@ -93,7 +102,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         accelerator = make_accelerator(config)
         output = prepare_output(config, accelerator)
-        data = prepare_data(config, output / "data", is_main_process=accelerator.is_main_process)
+        try:
+            data = prepare_data(config, output / "data", is_main_process=accelerator.is_main_process)
+        except BaseException:
+            abandon_output(output, accelerator)
+            raise
     except (ValueError, OSError) as error:
         sys.exit(f"pretrain.py: {error}")
     lengths = np.asarray(data.train["length"])
@@ -128,7 +141,10 @@ def main(argv: list[str] | None = None) -> None:
         )
         return {"validation_loss": loss}
 
-    result = train(model, data.train, lengths, collate, config, accelerator, validate=validate)
+    try:
+        result = train(model, data.train, lengths, collate, config, accelerator, validate=validate)
+    except (RunError, FloatingPointError) as error:
+        sys.exit(f"pretrain.py: {error}")
     if accelerator.is_main_process:
         write_report(model, data, config, result, output)
     accelerator.wait_for_everyone()

@@ -14,7 +14,8 @@ def pretraining_card(report: dict[str, Any], data: Any, config: Any, figures: Se
         f"---\n{front}---",
         f"# Geneformer, {report['n_parameters'] / 1e6:.1f}M parameters, pre-trained on {data.description}",
         "A cell is read as its genes in order of rank value, and the model predicts genes that were masked. Method of "
-        "Theodoris et al., Nature 2023; trained with [cellglot](https://github.com/cellglot/cellglot), not by its authors.",
+        "Theodoris et al., Nature 2023; trained with [cellglot](https://github.com/cellglot/cellglot), not by its "
+        "authors.",
         *_limits_first(report, beaten),
         "## Loading\n\n" + _LOADING,
         "## Figures on cells never seen in training\n\n" + _loss_table(report),
@@ -79,13 +80,13 @@ def _limits_first(report: dict[str, Any], beaten: bool) -> list[str]:
     accuracy = {row["features"]: row["accuracy"] for row in report["probe"]}
     if accuracy and accuracy["embeddings"] < accuracy["log counts"]:
         lines.append(
-            f"**A logistic regression on log counts tells these cell types apart better ({accuracy['log counts']:.3f}) than "
-            f"one on this model's embeddings ({accuracy['embeddings']:.3f}).**"
+            f"**A logistic regression on log counts tells these cell types apart better "
+            f"({accuracy['log counts']:.3f}) than one on this model's embeddings ({accuracy['embeddings']:.3f}).**"
         )
     if report["n_train_cells"] < 10_000:
         lines.append(
-            f"Trained on {report['n_train_cells']:,} cells and {report['vocabulary']:,} tokens only: a demonstration that the "
-            "method runs, not a model to draw biological conclusions from."
+            f"Trained on {report['n_train_cells']:,} cells and {report['vocabulary']:,} tokens only: a demonstration "
+            "that the method runs, not a model to draw biological conclusions from."
         )
     return ["\n\n".join(lines)] if lines else []
 
@@ -108,19 +109,20 @@ def _probe_table(report: dict[str, Any]) -> str:
         for row in report["probe"]
     ]
     head = (
-        f"Cell type of {first['n_test']:,} held-out cells by logistic regression, fitted on {first['n_train']:,} training "
-        "cells, regularization chosen on them; 95% bootstrap interval over cells:"
+        f"Cell type of {first['n_test']:,} held-out cells by logistic regression, fitted on {first['n_train']:,} "
+        "training cells, regularization chosen on them; 95% bootstrap interval over cells:"
     )
     return "\n".join([head, "", "| features | accuracy | interval | macro F1 |", "|---|---|---|---|", *lines])
 
 
 def _training(report: dict[str, Any], data: Any, config: Any) -> str:
     return (
-        f"{report['n_train_cells']:,} training and {report['n_validation_cells']:,} validation cells of {data.description} "
-        f"(fingerprint `{data.fingerprint}`), split by {config.split_by or 'cell'}; gene medians "
+        f"{report['n_train_cells']:,} training and {report['n_validation_cells']:,} validation cells of "
+        f"{data.description} (fingerprint `{data.fingerprint}`), split by {config.split_by or 'cell'}; gene medians "
         f"{'from the training cells' if config.vocabulary is None else 'of the given vocabulary'}; "
-        f"{report['train_tokens'] / 1e6:.2f}M training tokens, {report['steps']:,} steps of {config.batch_size} cells, AdamW, "
-        f"maximum learning rate {config.learning_rate:g} ({config.schedule}), weight decay {config.weight_decay:g}, "
-        f"{config.mask_probability:.0%} of genes masked, seed {config.seed}, {report['seconds']:.0f} s. The validation loss is "
-        "the mean over five draws of masks. All options and versions: `run.json` beside the checkpoints."
+        f"{report['train_tokens'] / 1e6:.2f}M training tokens, {report['steps']:,} steps of {config.batch_size} cells, "
+        f"AdamW, maximum learning rate {config.learning_rate:g} ({config.schedule}), weight decay "
+        f"{config.weight_decay:g}, {config.mask_probability:.0%} of genes masked, seed {config.seed}, "
+        f"{report['seconds']:.0f} s. The validation loss is the mean over five draws of masks. All options and "
+        "versions: `run.json` beside the checkpoints."
     )

@@ -67,10 +67,14 @@ def prepare_data(config: Any, folder: Path, *, is_main_process: bool = True) -> 
     elif is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        if sources:
-            _tokenize(config, sources, folder)
-        else:
-            _link_tokens(config, folder)
+        try:
+            if sources:
+                _tokenize(config, sources, folder)
+            else:
+                _split_tokens(config, folder)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
         write_atomically(record, json.dumps({"fingerprint": fingerprint, "source": description}, indent=2))
     else:
         # Not a barrier: tokenizing a large corpus outlasts any time-out of the process group.
@@ -177,7 +181,7 @@ def _tokenize(config: Any, sources: list[CellSource], folder: Path) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
 
 
-def _link_tokens(config: Any, folder: Path) -> None:
+def _split_tokens(config: Any, folder: Path) -> None:
     """Splits token rows by cell into Arrow files."""
     tokenizer = load_vocabulary(config)
     tokens = datasets.concatenate_datasets(
@@ -186,7 +190,8 @@ def _link_tokens(config: Any, folder: Path) -> None:
     highest = max(int(np.max(batch)) for batch in tokens.with_format("numpy")["input_ids"])
     if highest >= len(tokenizer):
         raise ValueError(
-            f"{config.data} has token id {highest:,}, but the vocabulary has {len(tokenizer):,} tokens: it is another one's."
+            f"{config.data} has token id {highest:,}, but the vocabulary has {len(tokenizer):,} tokens: it is another "
+            "one's."
         )
     if "length" not in tokens.column_names:
         tokens = tokens.add_column("length", [len(ids) for ids in tokens["input_ids"]])

@@ -1,4 +1,4 @@
-"""What a pre-training run is worth: reference losses, a probe of cell types, figures, and the model directory with them.
+"""What a pre-training run is worth: reference losses, a probe of cell types, figures, the model directory with them.
 
 Every figure has the simplest alternatives beside it: gene frequencies for the loss; the majority type, a logistic
 regression on log counts and the untrained network for the embeddings.
@@ -88,7 +88,7 @@ class LabelledCells:
 
 
 def labelled_cells(data: PretrainingData, cell_type: str | None) -> LabelledCells:
-    """Up to MAX_CELLS cells of each split, drawn with a fixed seed, with a column of obs as label if all sources have it."""
+    """Up to MAX_CELLS cells of each split, drawn with a fixed seed, a column of obs as label if all sources have it."""
     draws = {
         split: _draw([getattr(s, split) for s in data.sources], np.random.default_rng(i))
         for i, split in enumerate(("train", "validation"))
@@ -111,7 +111,7 @@ def labelled_cells(data: PretrainingData, cell_type: str | None) -> LabelledCell
 def probe_cell_types(
     model: Any, embeddings: np.ndarray, cells: LabelledCells, data: PretrainingData, config: Any
 ) -> pd.DataFrame:
-    """Accuracy on held-out cells of logistic regressions on several features; columns features, accuracy, low, high, ..."""
+    """Accuracy on held-out cells of logistic regressions on several features; columns features, accuracy, low, ..."""
     torch.manual_seed(config.seed)
     untrained = type(model)(model.config).to(next(model.parameters()).device)
     expression = cells.expression.toarray()

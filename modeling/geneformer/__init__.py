@@ -20,7 +20,14 @@ _HOME = {
     "GeneformerModel": "modeling_geneformer",
     "GeneformerPreTrainedModel": "modeling_geneformer",
 }
-__all__ = list(_HOME)
+# The names of _HOME, spelled out for type checkers
+__all__ = [
+    "PRESETS",
+    "GeneformerConfig",
+    "GeneformerForMaskedLM",
+    "GeneformerModel",
+    "GeneformerPreTrainedModel",
+]
 
 
 def __getattr__(name: str) -> Any:

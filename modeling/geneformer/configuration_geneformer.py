@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig
 # Keys of the original's BERT configurations that say nothing a Geneformer does not always do.
 _BERT_ONLY_KEYS = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
-# Written into every saved configuration, so that each Auto class finds its model with trust_remote_code=True and without
-# cellglot. transformers itself would name only the class that was saved, and `AutoModel` could not load a masked LM.
+# Written into every saved configuration, so that each Auto class finds its model with trust_remote_code=True and
+# without cellglot. transformers itself would name only the class that was saved, and `AutoModel` could not load a
+# masked LM.
 AUTO_MAP = {
     "AutoConfig": "configuration_geneformer.GeneformerConfig",
     "AutoModel": "modeling_geneformer.GeneformerModel",
@@ -42,8 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attention_probs_dropout_prob": 0.1,
         "max_position_embeddings": 4096,
     },
-    # Not published: small enough to pre-train on a laptop. No dropout: on a CPU its random numbers and the slower attention
-    # it forces take more time than all the rest.
+    # Not published: small enough to pre-train on a laptop. No dropout: on a CPU its random numbers and the slower
+    # attention it forces take more time than all the rest.
     "small": {
         "hidden_size": 128,
         "num_hidden_layers": 3,
@@ -96,12 +97,13 @@ class GeneformerConfig(PreTrainedConfig):
         """Heads divide the width."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads ({self.num_attention_heads})."
+                f"hidden_size ({self.hidden_size}) must be a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})."
             )
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "GeneformerConfig":
-        """Configuration of a published size ("v1-6l", "v1-12l", "v2-104m", "v2-316m") or of "small", fields overridden."""
+        """Configuration of a published size ("v1-6l", "v1-12l", "v2-104m", "v2-316m") or "small", fields overridden."""
         if name not in PRESETS:
             raise ValueError(f"Expected a preset among {', '.join(PRESETS)}, found {name!r}.")
         return cls(**{**PRESETS[name], **overrides})

@@ -104,7 +104,10 @@ class GeneformerSelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         n, t, _ = x.shape
         q, k, v = (f(x).view(n, t, -1, self.head_size).transpose(1, 2) for f in (self.query, self.key, self.value))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation,  # type: ignore[arg-type]
+            eager_attention_forward,
+        )
         options = {
             "scaling": self.scaling,
             "dropout": self.config.attention_probs_dropout_prob if self.training else 0.0,
@@ -288,8 +291,8 @@ class GeneformerModel(GeneformerPreTrainedModel):
             longest = genes.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
             if longest > self.config.max_position_embeddings:
                 raise ValueError(
-                    f"A cell has {longest:,} tokens, but this model reads {self.config.max_position_embeddings:,} at the "
-                    "most. Encode the cells with max_length=..., which keeps the highest-ranked genes."
+                    f"A cell has {longest:,} tokens, but this model reads {self.config.max_position_embeddings:,} at "
+                    "the most. Encode the cells with max_length=..., which keeps the highest-ranked genes."
                 )
         x = self.embeddings(genes, position_ids)
         if cu_seqlens is None:

@@ -7,7 +7,7 @@ Everything is imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import registration as _registration
+from . import registration as _registration  # noqa: F401 (imported for its effect)
 
 __version__ = "0.1.0"
 
@@ -18,7 +18,15 @@ _HOME = {
     "RankValueTokenizer": "tokenization.rank_value",
     "embed_cells": "embedding",
 }
-__all__ = ["__version__", *_HOME]
+# The names of _HOME, spelled out for type checkers
+__all__ = [
+    "GeneformerConfig",
+    "GeneformerForMaskedLM",
+    "GeneformerModel",
+    "RankValueTokenizer",
+    "__version__",
+    "embed_cells",
+]
 
 if TYPE_CHECKING:
     from .embedding import embed_cells as embed_cells

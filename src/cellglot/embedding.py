@@ -1,7 +1,7 @@
 """Cell embeddings: a cell as the mean of its genes' embeddings in context.
 
-Source: Theodoris et al., Nature 2023, Methods, "Geneformer cell embeddings": the second-to-last layer generalizes better
-than the last, which is closest to the pre-training objective.
+Source: Theodoris et al., Nature 2023, Methods, "Geneformer cell embeddings": the second-to-last layer generalizes
+better than the last, which is closest to the pre-training objective.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
 """Registers cellglot's classes with transformers' Auto classes.
 
-transformers has no entry points: a class is known only once somebody registers it, which needs the class and with it torch
-(three seconds). So that `import cellglot` stays cheap, each Auto module is filled in right after somebody imports it, and
-models by name only, as transformers does for its own. A model class cannot be imported at that moment: transformers
-imports its Auto modules while its own model base classes are half-way imported.
+transformers has no entry points: a class is known only once somebody registers it, which needs the class and with it
+torch (three seconds). So that `import cellglot` stays cheap, each Auto module is filled in right after somebody imports
+it, and models by name only, as transformers does for its own. A model class cannot be imported at that moment:
+transformers imports its Auto modules while its own model base classes are half-way imported.
 """
 
 import importlib

@@ -1,5 +1,7 @@
 """The embedded corpus: real cells, recovered counts, a split that does not leak."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scanpy
@@ -19,7 +21,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore")
 def test_counts_are_integers_that_give_scanpy_s_values_back(folder):
-    original = scanpy.datasets.pbmc68k_reduced()
+    original: Any = scanpy.datasets.pbmc68k_reduced()
     parts = {split: read_ragged(folder, split) for split in ("train", "validation")}
     for cells in parts.values():
         values = original[cells.obs_names].raw.X.toarray()
@@ -61,7 +63,7 @@ def test_the_script_writes_its_output(tmp_path):
 
 
 def test_values_that_are_no_scaled_counts_are_refused():
-    with pytest.raises(ValueError, match="multiples of each cell's smallest value, found one that is 0.50 off"):
+    with pytest.raises(ValueError, match=r"multiples of each cell's smallest value, found one that is 0\.50 off"):
         recover_counts(sp.csr_matrix(np.log1p([[0.0, 2.0, 3.0, 4.0]])))
 
 

@@ -16,10 +16,19 @@ def test_unigram_by_hand():
 def test_rank_bins_by_hand():
     # Two bins: first halves are always gene 4, second halves gene 5. No backoff: each is certain.
     train = [[4, 5], [4, 4, 5, 5]]
-    assert rank_binned_cross_entropy(train, [[4, 5]], GENES, n_bins=2, backoff=0) == pytest.approx(0)
+    assert rank_binned_cross_entropy(train, [[4, 5]], GENES, n_bins=[2], backoff=[0]) == pytest.approx(0)
     # With all weight on the backoff it is the unigram.
-    many = rank_binned_cross_entropy(train, [[5, 4]], GENES, n_bins=2, backoff=1e12)
+    many = rank_binned_cross_entropy(train, [[5, 4]], GENES, n_bins=[2], backoff=[1e12])
     assert many == pytest.approx(unigram_cross_entropy(train, [[5, 4]], GENES))
+
+
+def test_the_best_choice_on_training_cells_is_taken():
+    rng = np.random.default_rng(0)
+    cells = [np.sort(rng.choice(np.arange(4, 104), 50, replace=False)) for _ in range(100)]
+    genes = np.arange(4, 104)
+    each = [rank_binned_cross_entropy(cells[:80], cells[80:], genes, n_bins=[n], backoff=[50]) for n in (1, 20)]
+    assert each[1] < each[0]
+    assert rank_binned_cross_entropy(cells[:80], cells[80:], genes, n_bins=[1, 20], backoff=[50]) == each[1]
 
 
 def test_order_helps_the_binned_reference_only_where_order_is_informative():

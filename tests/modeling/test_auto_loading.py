@@ -94,7 +94,10 @@ def test_registration_works_in_any_order_of_imports(model_directory, code, tmp_p
 
 
 def test_importing_cellglot_imports_no_torch(tmp_path):
-    code = "import sys, cellglot; assert cellglot.__version__; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = (
+        "import sys, cellglot; assert cellglot.__version__; "
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     assert run("-c", code, cwd=tmp_path).split() == ["False", "False"]
 
 

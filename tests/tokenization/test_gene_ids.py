@@ -1,6 +1,6 @@
 import numpy as np
 
-from cellglot.tokenization.gene_ids import GeneResolver, strip_version
+from cellglot.tokenization.gene_ids import GeneResolver, canonical_id
 
 VOCABULARY = ["ENSG00000000003", "ENSG00000141510", "C1orf112"]
 ALIASES = {"TP53": "ENSG00000141510", "p53": "ENSG00000141510", "TSPAN6": "ENSG00000000003", "GONE": "ENSG00000999999"}
@@ -16,10 +16,11 @@ def test_unknown_names_and_aliases_of_unknown_genes_do_not_resolve():
     assert match.n_matched == 0
 
 
-def test_only_ensembl_versions_are_stripped():
-    assert strip_version("ENSMUSG00000051951.5") == "ENSMUSG00000051951"
-    assert strip_version("RP11-206L10.9") == "RP11-206L10.9"
-    assert strip_version("ENSG00000182378.13_PAR_Y") == "ENSG00000182378.13_PAR_Y"
+def test_only_ensembl_ids_change():
+    assert canonical_id("ENSMUSG00000051951.5") == "ENSMUSG00000051951"
+    assert canonical_id(" ensg00000141510") == "ENSG00000141510"
+    for name in ("RP11-206L10.9", "C1orf112", "ENSG00000182378.13_PAR_Y"):
+        assert canonical_id(name) == name
 
 
 def test_upper_case_that_two_genes_share_needs_the_exact_spelling():

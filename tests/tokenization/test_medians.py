@@ -1,5 +1,7 @@
 """Streaming medians against NumPy, exact and sketched, in one pass or merged."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -85,9 +87,16 @@ def test_vocabulary_of_marked_cells_of_several_files(tmp_path):
 def test_versions_and_aliases_are_one_gene():
     adata = synthetic_cells(20, 3)
     renamed = adata.copy()
-    renamed.var_names = ["ENSG00000000001.7", "SYMBOL2", "ENSG00000000003"]
+    renamed.var_names = ["ensg00000000001.7", "SYMBOL2", "ENSG00000000003"]
     options = {"special_tokens": SPECIAL_TOKENS["v1"], "aliases": {"SYMBOL2": "ENSG00000000002"}, "progress": False}
     assert vocabulary_from_corpus([renamed], **options).equals(vocabulary_from_corpus([adata], **options))
+
+
+def test_columns_without_a_name_are_no_gene():
+    adata = synthetic_cells(20, 5)
+    adata.var["ensembl_id"] = [*ensembl(3), "", "nan"]
+    table = vocabulary_from_corpus([adata], special_tokens=SPECIAL_TOKENS["v1"], progress=False)
+    assert table["token"].tolist() == [*SPECIAL_TOKENS["v1"], *ensembl(3)]
 
 
 def test_nothing_to_learn_from():
@@ -101,7 +110,7 @@ def test_nothing_to_learn_from():
 def test_sketch_on_real_cells(real_data):
     import anndata as ad
 
-    cells = ad.read_h5ad(real_data / "golden" / "scmixology150_input.h5ad")
+    cells: Any = ad.read_h5ad(real_data / "golden" / "scmixology150_input.h5ad")
     exact, sketch = NonzeroMedians(), NonzeroMedians(max_exact_values=1000)
     for total in (exact, sketch):
         total.update(cells.X, total.positions(cells.var["ensembl_id"]), cells.obs["n_counts"].to_numpy())

@@ -1,5 +1,7 @@
 """Rank-value tokens against a hand-worked cell, a ten-line oracle and the properties of the encoding."""
 
+from typing import Any
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -124,7 +126,7 @@ def test_empty_cells_are_kept_dropped_or_refused():
         assert kept["input_ids"][2] == []
         assert report.n_empty_cells == 1
         assert len(tokenizer.encode_anndata(adata, empty_cells="drop")) == 4
-        with pytest.raises(ValueError, match="1 cells of this block .*'cell2'"):
+        with pytest.raises(ValueError, match=r"1 cells of this block .*'cell2'"):
             tokenizer.encode_anndata(adata, empty_cells="error")
 
 
@@ -348,7 +350,7 @@ def test_tokens_equal_original_up_to_ties(real_data, layout, identical):
     assert ours["cell_type"][:] == theirs["cell_type"].tolist()
 
     # Values in float64 of every gene of every cell, to tell ties from errors.
-    adata = ad.read_h5ad(source)
+    adata: Any = ad.read_h5ad(source)
     match = tokenizer.resolver.match(adata.var["ensembl_id"])
     medians = np.array(list(tokenizer.gene_medians.values()))
     first_gene = int(tokenizer.gene_token_ids[0])
