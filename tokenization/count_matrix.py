@@ -131,8 +131,11 @@ def open_counts(source: Any, *, layer: str | None = None) -> Iterator[CountMatri
         raise ValueError(f"{path}: expected one of {', '.join(readers)} or a 10x .mtx folder, found {path.suffix!r}.")
     import h5py
 
-    with _named_read_errors(path), h5py.File(path, "r") as file:
-        matrix = readers[path.suffix](file, layer)
+    with contextlib.ExitStack() as stack:
+        # Not around the yield: what goes wrong in the caller's block is no fault of the file.
+        with _named_read_errors(path):
+            file = stack.enter_context(h5py.File(path, "r"))
+            matrix = readers[path.suffix](file, layer)
         matrix.name = str(path)
         yield matrix
 

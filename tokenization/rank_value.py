@@ -327,12 +327,13 @@ class RankValueTokenizer(TokenizersBackend):
             report.n_matched_genes += match.n_matched
             report.n_collapsed_genes += match.n_collapsed
             selector = self._selector(match)
+            obs = {name: _arrow_column(matrix.obs[name]) for name in obs_columns}
             for rows, counts in matrix.blocks(mask, cells_per_block):
                 check_counts(matrix, rows, counts, allow_normalized=allow_normalized)
                 totals = matrix.cell_totals(rows, counts, check=not allow_normalized)
                 self._check_matched_counts(matrix, match, counts, min_matched_counts, report)
                 tokens, offsets = self._encode_block(counts, totals, selector, max_length, report)
-                yield from self._record_batch(matrix, rows, tokens, offsets, obs_columns, empty_cells, report)
+                yield from self._record_batch(matrix, rows, tokens, offsets, obs, empty_cells, report)
 
     def _checked_max_length(self, max_length: int | None) -> int:
         n_special = 2 if self.layout == "v2" else 0
@@ -429,7 +430,7 @@ class RankValueTokenizer(TokenizersBackend):
         rows: np.ndarray,
         tokens: np.ndarray,
         offsets: np.ndarray,
-        obs_columns: Sequence[str],
+        obs: Mapping[str, Any],
         empty_cells: str,
         report: TokenizationReport,
     ) -> Iterator[Any]:
@@ -447,17 +448,21 @@ class RankValueTokenizer(TokenizersBackend):
             "input_ids": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(tokens)),
             "length": pa.array(lengths),
         }
-        for name in obs_columns:
-            values = matrix.obs[name]
-            columns[name] = pa.array(values.astype(object) if values.dtype == "category" else values, from_pandas=True)[
-                rows[0] : rows[-1] + 1
-            ].take(pa.array(rows - rows[0]))
+        columns |= {name: column.take(pa.array(rows)) for name, column in obs.items()}
         batch = pa.RecordBatch.from_pydict(columns)
         if empty.any() and empty_cells == "drop":
             batch = batch.filter(pa.array(~empty))
             report.n_cells -= int(empty.sum())
         if batch.num_rows:
             yield batch
+
+
+def _arrow_column(values: Any) -> Any:
+    """A column of obs as one Arrow array: its type must not depend on the block, which may hold missing values only."""
+    import pyarrow as pa
+
+    column = pa.array(values.astype(object) if values.dtype == "category" else values, from_pandas=True)
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def _selected_cells(matrix: CountMatrix, cells: np.ndarray | None) -> np.ndarray | None:

@@ -83,24 +83,8 @@ class LoopConfig:
 
 
 # Options that may differ when a run is resumed, because the losses do not depend on them
-FREE_OPTIONS = frozenset(
-    [
-        "output",
-        "resume",
-        "overwrite",
-        "max_tokens",
-        "log_every",
-        "eval_every",
-        "save_every",
-        "keep_last",
-        "trackers",
-        "num_workers",
-        "cpu_threads",
-        "gradient_checkpointing",
-        "report",
-        "cell_type",
-    ]
-)
+FREE_OPTIONS = {"output", "resume", "overwrite", "max_tokens", "log_every", "eval_every", "save_every", "keep_last"}
+FREE_OPTIONS |= {"trackers", "num_workers", "cpu_threads", "gradient_checkpointing", "report", "cell_type"}
 
 
 class RunError(ValueError):
@@ -196,8 +180,8 @@ def train(
     validate     called at `eval_every` and at the end with the model in evaluation mode; returns figures to log
     count_items  labelled items of a batch, over which the model's loss is a mean; by default labels other than -100, or
                  the number of examples
-    Raises       RunError for a checkpoint of another run; FloatingPointError when the loss is no longer finite; SystemExit(130) after Ctrl-C, with a checkpoint
-                 saved
+    Raises       RunError for a checkpoint of another run; FloatingPointError when the loss is no longer finite;
+                 SystemExit(130) after Ctrl-C, with a checkpoint saved
     """
     output = Path(config.output)
     n_steps_an_epoch = steps_per_epoch(len(lengths), config.batch_size)

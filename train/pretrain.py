@@ -63,9 +63,9 @@ class PretrainConfig(LoopConfig):
     report: bool = option(True, "probe, UMAP and figures at the end")
 
     output: str = option("runs/geneformer-pbmc", "folder of the run: checkpoints, log, model")
-    epochs: float = option(50, "passes over the training cells")
+    epochs: float = option(38, "passes over the training cells")
     batch_size: int = option(32, "cells of an optimizer step, over all processes")
-    learning_rate: float = option(2e-3, "maximum learning rate")
+    learning_rate: float = option(5e-3, "maximum learning rate")
     schedule: Literal["linear", "cosine", "constant"] = option("cosine", "learning rate after the warm-up")
     warmup_steps: float = option(0.05, "steps of linear warm-up; below 1, a share of all steps")
     eval_every: int | None = option(100, "steps between validations; absent: only at the end")
