@@ -322,7 +322,7 @@ class RankValueTokenizer(TokenizersBackend):
         with open_counts(adata_or_path, layer=layer) as matrix:
             self._check_annotations(matrix, obs_columns, allow_duplicate_names)
             mask = _selected_cells(matrix, cells)
-            match = self._match_genes(matrix, gene_ids, min_matched_counts)
+            match = self.match_genes(matrix, gene_ids, min_matched_counts)
             report.name, report.n_genes = matrix.name, report.n_genes + matrix.n_genes
             report.n_matched_genes += match.n_matched
             report.n_collapsed_genes += match.n_collapsed
@@ -360,8 +360,13 @@ class RankValueTokenizer(TokenizersBackend):
                 "may be in the file twice. Call adata.obs_names_make_unique(), or pass allow_duplicate_names=True."
             )
 
-    def _match_genes(self, matrix: CountMatrix, column: str | None, min_matched_counts: float) -> GeneMatch:
-        """The given column's genes, or those of the known column (index included) that matches most."""
+    def match_genes(
+        self, matrix: CountMatrix, column: str | None = None, min_matched_counts: float = MIN_MATCHED_COUNTS
+    ) -> GeneMatch:
+        """Which vocabulary gene each column of a file means, by a column of `var` or the known one that matches most.
+
+        Raises  ValueError if no gene matches, unless no share of the counts needs to (`min_matched_counts` of zero)
+        """
         known = [name for name in GENE_ID_COLUMNS if name in matrix.var]
         if column is not None or not known:
             match = self.resolver.match(matrix.gene_names(column))
@@ -466,6 +471,11 @@ def _arrow_column(values: Any) -> Any:
 
 
 def _selected_cells(matrix: CountMatrix, cells: np.ndarray | None) -> np.ndarray | None:
+    if cells is not None and (cells.dtype != bool or cells.shape != (matrix.n_cells,)):
+        raise ValueError(
+            f"{matrix.name}: expected cells as a boolean mask of its {matrix.n_cells:,} cells, "
+            f"found {cells.dtype} of shape {cells.shape}."
+        )
     if "filter_pass" not in matrix.obs:
         return cells
     passed = matrix.obs["filter_pass"].to_numpy() == 1

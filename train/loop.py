@@ -123,7 +123,9 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS=1, which would leave most of a CPU idle.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
-        torch.set_num_threads(config.cpu_threads or max(len(os.sched_getaffinity(0)) // local, 1))
+        # Cores this process may use, where the system can tell (macOS cannot)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(config.cpu_threads or max(cores // local, 1))
     return accelerator
 
 

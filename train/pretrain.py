@@ -48,6 +48,7 @@ class PretrainConfig(LoopConfig):
     layer: str | None = option(None, "layer with the raw counts, or raw; absent: X")
     gene_ids: str | None = option(None, "column of var with gene ids; absent: found")
     validation_fraction: float = option(0.15, "share of the cells held out")
+    max_validation_cells: int = option(5_000, "held-out cells that the validation loss is measured on, at the most")
     split_by: str | None = option(None, "column of obs whose groups are held out whole, e.g. donor; absent: by cell")
     cell_type: str | None = option(
         None, "column of obs with cell types, for probe and UMAP; absent: cell_type if there is"
@@ -73,6 +74,8 @@ class PretrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_validation_cells <= 0:
+            raise ValueError(f"max_validation_cells must be positive, found {self.max_validation_cells}.")
         if not 0 < self.validation_fraction < 1 or not 0 < self.mask_probability < 1:
             raise ValueError("validation_fraction and mask_probability must lie between 0 and 1.")
         if self.model not in PRESETS:
@@ -110,7 +113,10 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"pretrain.py: {error}")
     lengths = np.asarray(data.train["length"])
-    validation_lengths = np.asarray(data.validation["length"])
+    # The same ones every time
+    measured = np.random.default_rng(0).permutation(len(data.validation))[: config.max_validation_cells]
+    validation = data.validation.select(np.sort(measured))
+    validation_lengths = np.asarray(validation["length"])
     collate = MaskedGeneCollator(data.tokenizer, config.mask_probability, config.mask_special_tokens)
     torch.manual_seed(config.seed)
     model = GeneformerForMaskedLM(model_config(config, data.tokenizer))
@@ -125,14 +131,14 @@ def main(argv: list[str] | None = None) -> None:
         )
     accelerator.print(
         f"Geneformer, {model.num_parameters() / 1e6:.1f}M parameters, on {data.description}: "
-        f"{len(lengths):,} training and {len(validation_lengths):,} validation cells, {len(data.tokenizer):,} tokens, "
+        f"{len(lengths):,} training and {len(data.validation):,} validation cells, {len(data.tokenizer):,} tokens, "
         f"median length {int(np.median(lengths)):,}"
     )
 
     def validate(model: torch.nn.Module) -> dict[str, float]:
         loss = mean_loss(
             model,
-            data.validation,
+            validation,
             validation_lengths,
             collate,
             accelerator,

@@ -28,6 +28,8 @@ from .pretraining_data import CellSource, PretrainingData
 
 # Cells of each split that the reference losses, the probe and the UMAP use at the most
 MAX_CELLS = 5_000
+# Genes that the logistic regression on log counts uses at the most: the most variable ones among training cells
+MAX_GENES = 2_000
 
 
 def write_report(
@@ -114,7 +116,7 @@ def probe_cell_types(
     """Accuracy on held-out cells of logistic regressions on several features; columns features, accuracy, low, ..."""
     torch.manual_seed(config.seed)
     untrained = type(model)(model.config).to(next(model.parameters()).device)
-    expression = cells.expression.toarray()
+    expression = variable_genes(cells.expression, ~cells.held_out)
     features = {
         "log counts": expression,
         "embeddings, untrained network": embed_tokens(
@@ -134,6 +136,15 @@ def probe_cell_types(
         predicted = linear_probe(x[~test], train_labels, x[test])
         rows.append({"features": name, **accuracy_with_interval(test_labels, predicted)})
     return pd.DataFrame(rows).assign(n_train=int((~test).sum()), n_test=int(test.sum()))
+
+
+def variable_genes(expression: sp.csr_matrix, train: np.ndarray) -> np.ndarray:
+    """(cells, <= MAX_GENES) dense log expression of the genes that vary most among the marked training cells."""
+    chosen = expression[train]
+    mean = np.asarray(chosen.mean(axis=0)).ravel()
+    variance = np.asarray(chosen.multiply(chosen).mean(axis=0)).ravel() - mean**2
+    genes = np.sort(np.argsort(-variance, kind="stable")[:MAX_GENES])
+    return expression[:, genes].toarray()
 
 
 def format_report(report: dict[str, Any], output: Path) -> str:
@@ -185,8 +196,7 @@ def _read_cells(
     encoded = tokenizer.encode_anndata(source.source, cells=cells, **options).with_format("numpy")["input_ids"][:]
     blocks = []
     with open_counts(source.source, layer=options.get("layer")) as matrix:
-        match = tokenizer.resolver.match(matrix.gene_names(options.get("gene_ids")))
-        known = match.index_g >= 0
+        known = tokenizer.match_genes(matrix, options.get("gene_ids")).index_g >= 0
         for rows, counts in matrix.blocks(cells):
             totals = np.maximum(matrix.cell_totals(rows, counts), 1)
             blocks.append((sp.diags_array(TARGET_SUM / totals) @ counts[:, known]).log1p())

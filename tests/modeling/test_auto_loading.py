@@ -64,6 +64,7 @@ def model_directory(tmp_path_factory):
     return folder, expected
 
 
+@pytest.mark.slow
 def test_auto_classes_with_and_without_cellglot_give_identical_outputs(model_directory, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 
@@ -78,6 +79,7 @@ def test_auto_classes_with_and_without_cellglot_give_identical_outputs(model_dir
             assert torch.equal(found[name], tensor), (route, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

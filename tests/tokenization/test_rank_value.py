@@ -275,6 +275,7 @@ def test_missing_columns_layers_and_lengths():
     bad(lambda a: None, "no layer 'counts'; it has X", layer="counts")
     bad(lambda a: None, "Expected max_length between 1 and the tokenizer's 2,048, found 4,000", max_length=4000)
     bad(lambda a: a[:0], "no cells")
+    bad(lambda a: None, "boolean mask of its 6 cells, found int64 of shape", cells=np.array([1, 2]))
 
 
 def test_counts_and_names_of_different_number():

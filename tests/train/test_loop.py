@@ -101,6 +101,7 @@ def final_weights(output):
     return load_file(output / "model" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_a_run_ends_with_the_same_losses(corpus, uninterrupted, tmp_path):
     output = tmp_path / "run"
     kills = 0
@@ -120,6 +121,7 @@ def test_killed_again_and_again_a_run_ends_with_the_same_losses(corpus, uninterr
     assert not list((output / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_the_run_goes_on(corpus, uninterrupted, tmp_path, number):
     output = tmp_path / "run"
@@ -131,6 +133,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(corpus, uninterrupted, tmp_path, numbe
     assert losses(output) == losses(uninterrupted)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_loss_curve(corpus, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run(corpus, one)
@@ -148,6 +151,7 @@ def test_two_processes_give_the_same_loss_curve(corpus, tmp_path):
     assert json.loads((two / "run.json").read_text())["n_processes"] == 2
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_gradient_of_the_whole_step(corpus, tmp_path):
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     run(corpus, whole, max_steps=10)
@@ -155,6 +159,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_step(corpus, tmp_path):
     np.testing.assert_allclose(list(losses(pieces).values()), list(losses(whole).values()), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_bf16_and_recomputed_activations_change_the_losses_little(corpus, tmp_path):
     run(corpus, tmp_path / "run", mixed_precision="bf16", gradient_checkpointing="true", dropout=0.0, max_steps=10)
     run(corpus, tmp_path / "plain", dropout=0.0, max_steps=10)
@@ -164,6 +169,7 @@ def test_bf16_and_recomputed_activations_change_the_losses_little(corpus, tmp_pa
     np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=0.01)
 
 
+@pytest.mark.slow
 def test_a_finished_or_foreign_folder_is_not_touched(corpus, uninterrupted, tmp_path):
     before = sorted(p.stat().st_mtime_ns for p in uninterrupted.rglob("*"))
     result = run(corpus, uninterrupted, expect=1)
@@ -175,6 +181,7 @@ def test_a_finished_or_foreign_folder_is_not_touched(corpus, uninterrupted, tmp_
     assert (tmp_path / "thesis.txt").read_text() == "irreplaceable"
 
 
+@pytest.mark.slow
 def test_resuming_with_other_options_is_refused(corpus, uninterrupted, tmp_path):
     import shutil
 

@@ -192,3 +192,15 @@ def test_the_default_corpus_is_found_offline():
     assert "PBMC" in description
     assert [int(s.train.sum()) for s in sources] == [595, 0]
     assert [int(s.validation.sum()) for s in sources] == [0, 105]
+
+
+def test_the_most_variable_genes_of_training_cells_are_kept(monkeypatch):
+    import scipy.sparse as sp
+
+    from cellglot.train import pretraining_report
+
+    x = np.random.default_rng(0).normal(size=(30, 5)) * [1, 5, 1, 3, 1]
+    x[20:, 0] *= 100  # varies among held-out cells only
+    monkeypatch.setattr(pretraining_report, "MAX_GENES", 2)
+    kept = pretraining_report.variable_genes(sp.csr_matrix(x), np.arange(30) < 20)
+    np.testing.assert_allclose(kept, x[:, [1, 3]])
