@@ -1,11 +1,19 @@
-"""Fixtures shared by all tests. No test needs a network: the Hub client is told so before anything imports it."""
+"""Fixtures shared by all tests.
 
+No test needs a network, nor sees what earlier versions left in a cache: the Hub client is told so before its import.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="cellglot-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import anndata as ad

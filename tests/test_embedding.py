@@ -49,6 +49,15 @@ def test_a_path_gives_an_array_and_an_anndata_stays_unchanged(tmp_path):
     assert list(annotated.obs_names) == list(adata.obs_names)
 
 
+def test_counts_may_lie_in_a_layer():
+    model, tokenizer, adata = setup()
+    expected = embed_cells(adata, model, tokenizer, progress=False).obsm["X_geneformer"]
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X.toarray() / 7
+    found = embed_cells(adata, model, tokenizer, counts_layer="counts", progress=False).obsm["X_geneformer"]
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_an_empty_cell_is_nan_and_changes_no_other():
     model, tokenizer, _ = setup()
     cells = [np.array([2, 3, 4]), np.array([], dtype=int), np.array([5])]

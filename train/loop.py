@@ -304,7 +304,7 @@ def mean_loss(
     count_items: Callable[[dict[str, Any]], int] | None = None,
 ) -> float:
     """Loss per labelled item over a data set, the same whatever the number of processes. One pass for each seed."""
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    total = torch.zeros(2, dtype=_widest(accelerator.device), device=accelerator.device)
     plan = EpochPlan(
         lengths, batch_size=256, max_tokens=max_tokens, n_processes=accelerator.num_processes, shuffle=False
     )
@@ -314,7 +314,9 @@ def mean_loss(
                 batch = _collated(examples, collate, micro, (seed, 0))
                 n = (count_items or _labelled_items)(batch) if micro.counts else 0
                 loss = model(**_on_device(batch, accelerator.device)).loss if n else torch.zeros(())
-                total += torch.tensor([float(loss) * n, n], dtype=torch.float64, device=accelerator.device)
+                total += torch.tensor(
+                    [float(loss) * n, n], dtype=_widest(accelerator.device), device=accelerator.device
+                )
     total = accelerator.reduce(total, "sum")
     return float(total[0] / total[1])
 
@@ -421,11 +423,11 @@ def _optimizer_step(
     """One step over this process's micro-batches: (mean loss of the whole step, gradient norm, stop agreed by all)."""
     device = accelerator.device
     counts = [count_items(batch) if micro.counts else 0 for micro, batch in batches]
-    shared = torch.tensor([sum(counts), float(stop_requested)], dtype=torch.float64, device=device)
+    shared = torch.tensor([sum(counts), float(stop_requested)], dtype=_widest(device), device=device)
     if accelerator.num_processes > 1:
         shared = accelerator.reduce(shared, "sum")
     n_items = shared[0].clamp(min=1)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=_widest(device), device=device)
     for k, ((_, batch), count) in enumerate(zip(batches, counts, strict=True)):
         last = k == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
@@ -499,6 +501,11 @@ def _labelled_items(batch: dict[str, Any]) -> int:
     if "labels" in batch and not batch["labels"].is_floating_point():
         return int((batch["labels"] != -100).sum())
     return len(next(iter(batch.values())))
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """The type that losses are summed in: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-# Padded tokens of one forward pass; 16,384 tokens of the 10M model take about 0.5 GB on CPU.
+# Padded tokens of one forward pass at the most
 MAX_TOKENS = 16_384
 
 
@@ -23,6 +23,7 @@ def embed_cells(
     *,
     layer: int = -1,
     pooling: Literal["mean", "cls"] = "mean",
+    counts_layer: str | None = None,
     max_tokens: int = MAX_TOKENS,
     progress: bool = True,
     **encode_options: Any,
@@ -32,12 +33,13 @@ def embed_cells(
     model           a GeneformerModel, or a Geneformer with a head; runs where its weights are
     layer           -1 second-to-last (as in the paper), 0 last; -2, -3 ... further down
     pooling         "mean" over the gene tokens, or "cls" (V2 layout)
-    encode_options  as of `RankValueTokenizer.encode_anndata` (counts_layer stands for its `layer`)
+    counts_layer    None for X, "raw" for `raw`, else the name of the layer with raw counts
+    max_tokens      padded tokens of one forward pass
+    encode_options  further ones of `RankValueTokenizer.encode_anndata`
     Returns         an AnnData: a copy with obsm["X_geneformer"], (cells, width) float32; a path: that array.
                     A cell without a gene of the vocabulary gets NaN.
     Raises          ValueError for a layer that is not there, or "cls" without such a token
     """
-    counts_layer = encode_options.pop("counts_layer", None)
     if encode_options.get("empty_cells", "keep") != "keep" or encode_options.get("cells") is not None:
         raise ValueError("Embeddings are one row a cell: select cells before, not with empty_cells= or cells=.")
     encoded = tokenizer.encode_anndata(adata_or_path, layer=counts_layer, **encode_options)
