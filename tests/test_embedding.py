@@ -74,7 +74,7 @@ def test_training_mode_is_left_as_it_was():
     np.testing.assert_array_equal(first, embed_tokens([np.array([2, 3])], model.eval(), tokenizer))
 
 
-def test_bad_layers_and_selections():
+def test_bad_layers_and_selections(tmp_path):
     model, tokenizer, adata = setup()
     for layer in (1, -3):
         with pytest.raises(ValueError, match=r"Expected layer 0 \(last\) to -2 \(input\)"):
@@ -82,5 +82,7 @@ def test_bad_layers_and_selections():
     with pytest.raises(ValueError, match="one row a cell"):
         embed_cells(adata, model, tokenizer, empty_cells="drop", progress=False)
     adata.obs["filter_pass"] = [1] * 12 + [0]
-    with pytest.raises(ValueError, match="selects 12 of 13 cells: subset the AnnData first"):
-        embed_cells(adata, model, tokenizer, progress=False)
+    adata.write_h5ad(tmp_path / "c.h5ad")
+    for source in (adata, tmp_path / "c.h5ad"):
+        with pytest.raises(ValueError, match="selects 12 of 13 cells: subset them first"):
+            embed_cells(source, model, tokenizer, progress=False)

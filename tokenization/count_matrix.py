@@ -23,6 +23,10 @@ CELLS_PER_BLOCK = 1024
 CSC_VALUES_PER_PASS = 32_000_000
 
 
+class InputError(ValueError):
+    """A request that does not fit what is in a file, as opposed to a file that cannot be read."""
+
+
 @dataclass
 class CountMatrix:
     """Counts of `n_cells` cells over the genes of `var`, with `read(start, stop)` for a range of cells.
@@ -58,6 +62,8 @@ class CountMatrix:
             if len(wanted):
                 with _named_read_errors(self.name):
                     block = sp.csr_matrix(self.read(start, stop))
+                    # A gene index out of range in a damaged file would be read from beyond the matrix.
+                    block.check_format(full_check=True)
                 yield wanted, block if len(wanted) == stop - start else block[wanted - start]
 
     def gene_names(self, column: str | None = None) -> list[str]:
@@ -78,7 +84,13 @@ class CountMatrix:
         sums = np.asarray(counts_ng.sum(axis=1, dtype=np.float64)).ravel()
         if "n_counts" not in self.obs:
             return sums
-        totals = self.obs["n_counts"].to_numpy(dtype=np.float64, na_value=np.nan)[cells]
+        column = self.obs["n_counts"]
+        if column.dtype.kind not in "iuf":
+            raise ValueError(
+                f"{self.name}: obs['n_counts'] holds {column.dtype}, not numbers (e.g. {column.iloc[0]!r}). "
+                "Convert the column, or delete it to use the sums of counts."
+            )
+        totals = column.to_numpy(dtype=np.float64, na_value=np.nan)[cells]
         bad = ~(totals >= sums * (1 - 1e-6)) | ((totals == 0) & (sums > 0)) if check else ~(totals > 0) & (sums > 0)
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
@@ -93,6 +105,21 @@ class CountMatrix:
         """Whether the first cells hold non-negative integers only, and some value above zero."""
         values = sp.csr_matrix((read or self.read)(0, min(n_cells, self.n_cells))).data
         return bool(len(values)) and bool(np.all((values >= 0) & (values == np.rint(values)))) and values.max() > 0
+
+    def passing_cells(self, cells: np.ndarray | None = None) -> np.ndarray | None:
+        """Mask of the cells with obs["filter_pass"] == 1 among those given; None if that is all.
+
+        Raises  ValueError if `cells` is no boolean mask of this matrix
+        """
+        if cells is not None and (np.asarray(cells).dtype != bool or np.shape(cells) != (self.n_cells,)):
+            raise ValueError(
+                f"{self.name}: expected cells as a boolean mask of its {self.n_cells:,} cells, "
+                f"found {np.asarray(cells).dtype} of shape {np.shape(cells)}."
+            )
+        if "filter_pass" not in self.obs:
+            return cells
+        passed = self.obs["filter_pass"].to_numpy() == 1
+        return passed if cells is None else passed & cells
 
     def raw_alternatives(self) -> list[str]:
         """Names of the other matrices here that look like raw counts."""
@@ -142,10 +169,12 @@ def open_counts(source: Any, *, layer: str | None = None) -> Iterator[CountMatri
 
 @contextlib.contextmanager
 def _named_read_errors(path: Any) -> Iterator[None]:
-    """Low-level read failures as one OSError that names the file."""
+    """Low-level failures to read as one OSError that names the file."""
     try:
         yield
-    except (OSError, KeyError) as error:
+    except InputError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
         if isinstance(error, FileNotFoundError) or "truncated or corrupt" in str(error):
             raise
         raise OSError(
@@ -156,18 +185,19 @@ def _named_read_errors(path: Any) -> Iterator[None]:
 
 def _pick_layer(name: str, layer: str | None, x: Any, layers: dict[str, Any], raw: Any) -> Any:
     """The chosen matrix among X (None), `raw` and the layers."""
-    if layer is None and x is not None:
+    if layer in (None, "X") and x is not None:
         return x
     if layer == "raw" and raw is not None:
         return raw
     if layer in layers:
         return layers[layer]
     present = [*(["X"] if x is not None else []), *layers, *(["raw"] if raw is not None else [])]
-    raise ValueError(f"{name} has no {'X' if layer is None else f'layer {layer!r}'}; it has {', '.join(present)}.")
+    raise InputError(f"{name} has no {'X' if layer is None else f'layer {layer!r}'}; it has {', '.join(present)}.")
 
 
 def _others(layer: str | None, x: Any, layers: dict[str, Any], raw: Any) -> dict[str, Callable[[int, int], Any]]:
     matrices = {"X": x, "raw": raw, **layers}
+    layer = None if layer == "X" else layer
     return {k: v for k, v in matrices.items() if v is not None and k != ("X" if layer is None else layer)}
 
 
@@ -246,6 +276,8 @@ class _CSRRows:
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         if self._indptr is None:
             self._indptr = self._indptr_on_disk[:].astype(np.int64)
+            if len(self._indptr) != self.shape[0] + 1:
+                raise ValueError(f"indptr has {len(self._indptr):,} entries for {self.shape[0]:,} cells")
         first, last = int(self._indptr[start]), int(self._indptr[stop])
         indptr = self._indptr[start : stop + 1] - first
         return sp.csr_matrix((self.data[first:last], self.indices[first:last], indptr), (stop - start, self.shape[1]))
@@ -328,9 +360,9 @@ def _from_10x_h5(file: Any, layer: str | None) -> CountMatrix:
     import pandas as pd
 
     if layer is not None:
-        raise ValueError(f"{file.filename} is a 10x file, which has no layers, but layer={layer!r} was asked for.")
+        raise InputError(f"{file.filename} is a 10x file, which has no layers, but layer={layer!r} was asked for.")
     if "matrix" not in file or "features" not in file["matrix"]:
-        raise ValueError(
+        raise InputError(
             f"{file.filename}: expected a 10x file with /matrix/features (Cell Ranger 3 or later), "
             f"found {', '.join(file)}. Read it with scanpy and pass the AnnData."
         )
@@ -344,7 +376,11 @@ def _from_10x_h5(file: Any, layer: str | None) -> CountMatrix:
     var = pd.DataFrame({"gene_ids": text(features["id"])}, index=pd.Index(text(features["name"])))
     obs = pd.DataFrame(index=pd.Index(text(group["barcodes"])))
     rows = _CSRRows(group["data"], group["indices"], group["indptr"], (n_cells, n_genes))
-    return CountMatrix(file.filename, obs, var, rows.read, {})
+    if "feature_type" not in features:
+        return CountMatrix(file.filename, obs, var, rows.read, {})
+    # Antibodies and peaks are no genes, and no part of a cell's total.
+    genes = np.flatnonzero(np.array(text(features["feature_type"])) == "Gene Expression")
+    return CountMatrix(file.filename, obs, var.iloc[genes], lambda start, stop: rows.read(start, stop)[:, genes], {})
 
 
 def _from_10x_folder(path: Path) -> CountMatrix:

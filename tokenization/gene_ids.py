@@ -101,10 +101,10 @@ class GeneResolver:
         return GeneMatch(index, names)
 
     def _position(self, name: str) -> int:
-        found = self._exact.get(name)
-        if found is None:
-            found = self._folded.get(canonical_id(name).upper(), -1)
-        return found
+        for spelling in (name, canonical_id(name)):
+            if spelling in self._exact:
+                return self._exact[spelling]
+        return self._folded.get(canonical_id(name).upper(), -1)
 
     def explain_no_match(self, match: GeneMatch) -> str:
         """Why few or no names matched, with three examples of each side and what to do."""

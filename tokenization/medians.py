@@ -179,7 +179,7 @@ def vocabulary_from_corpus(
                     alias_resolver.vocabulary[i] if i >= 0 else n for n, i in zip(names, match.index_g, strict=True)
                 ]
             positions = total.positions(names)
-            for rows, counts in matrix.blocks(mask):
+            for rows, counts in matrix.blocks(matrix.passing_cells(mask)):
                 check_counts(matrix, rows, counts)
                 total.update(counts, positions, matrix.cell_totals(rows, counts))
     medians = {gene: median for gene, median in total.medians().items() if is_named(gene)}

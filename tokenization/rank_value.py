@@ -31,6 +31,10 @@ MAX_LENGTH = {"v1": 2048, "v2": 4096}
 MIN_MATCHED_COUNTS = 0.5
 
 
+class NoCellsError(ValueError):
+    """Nothing is left to encode: no cell selected, or all of them empty and dropped."""
+
+
 @dataclass
 class TokenizationReport:
     """What a tokenization saw, filled while it runs."""
@@ -129,7 +133,7 @@ class RankValueTokenizer(TokenizersBackend):
             **named,
         )
         tokenizer._gene_medians = dict(zip(tokens[len(special) :], medians.tolist(), strict=True))
-        tokenizer._gene_aliases = _read_aliases(aliases)
+        tokenizer._gene_aliases = read_aliases(aliases)
         return tokenizer
 
     @classmethod
@@ -271,7 +275,7 @@ class RankValueTokenizer(TokenizersBackend):
         )
         first = next(batches, None)
         if first is None:
-            raise ValueError(f"{report.name or adata_or_path} has no cells to encode.")
+            raise NoCellsError(f"{report.name or adata_or_path} has no cells to encode.")
         if cache_file is None:
             table = pa.Table.from_batches([first, *batches])
             dataset = datasets.Dataset(InMemoryTable(table))
@@ -321,12 +325,12 @@ class RankValueTokenizer(TokenizersBackend):
         max_length = self._checked_max_length(max_length)
         with open_counts(adata_or_path, layer=layer) as matrix:
             self._check_annotations(matrix, obs_columns, allow_duplicate_names)
-            mask = _selected_cells(matrix, cells)
+            mask = matrix.passing_cells(cells)
             match = self.match_genes(matrix, gene_ids, min_matched_counts)
             report.name, report.n_genes = matrix.name, report.n_genes + matrix.n_genes
             report.n_matched_genes += match.n_matched
             report.n_collapsed_genes += match.n_collapsed
-            selector = self._selector(match)
+            selector = self.selector(match)
             obs = {name: _arrow_column(matrix.obs[name]) for name in obs_columns}
             for rows, counts in matrix.blocks(mask, cells_per_block):
                 check_counts(matrix, rows, counts, allow_normalized=allow_normalized)
@@ -347,6 +351,10 @@ class RankValueTokenizer(TokenizersBackend):
 
     @staticmethod
     def _check_annotations(matrix: CountMatrix, obs_columns: Sequence[str], allow_duplicate_names: bool) -> None:
+        if isinstance(obs_columns, str) or {"input_ids", "length"} & set(obs_columns):
+            raise ValueError(
+                f"Expected obs_columns as a list of names other than 'input_ids' and 'length', found {obs_columns!r}."
+            )
         missing = [name for name in obs_columns if name not in matrix.obs]
         if missing:
             raise ValueError(
@@ -390,7 +398,8 @@ class RankValueTokenizer(TokenizersBackend):
                 f"min_matched_counts={report.matched_share * 0.9:.2f} goes on all the same."
             )
 
-    def _selector(self, match: GeneMatch) -> sp.csr_matrix:
+    def selector(self, match: GeneMatch) -> sp.csr_matrix:
+        """(genes of a file, genes of the vocabulary) one where a column means a gene: counts @ it is by gene."""
         columns = np.flatnonzero(match.index_g >= 0)
         return sp.csr_matrix(
             (np.ones(len(columns)), (columns, match.index_g[columns])),
@@ -466,20 +475,11 @@ def _arrow_column(values: Any) -> Any:
     """A column of obs as one Arrow array: its type must not depend on the block, which may hold missing values only."""
     import pyarrow as pa
 
-    column = pa.array(values.astype(object) if values.dtype == "category" else values, from_pandas=True)
+    try:
+        column = pa.array(values.astype(object) if values.dtype == "category" else values, from_pandas=True)
+    except pa.ArrowException as error:
+        raise ValueError(f"obs[{values.name!r}] mixes types ({error}); convert it, e.g. with .astype(str).") from error
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-
-
-def _selected_cells(matrix: CountMatrix, cells: np.ndarray | None) -> np.ndarray | None:
-    if cells is not None and (cells.dtype != bool or cells.shape != (matrix.n_cells,)):
-        raise ValueError(
-            f"{matrix.name}: expected cells as a boolean mask of its {matrix.n_cells:,} cells, "
-            f"found {cells.dtype} of shape {cells.shape}."
-        )
-    if "filter_pass" not in matrix.obs:
-        return cells
-    passed = matrix.obs["filter_pass"].to_numpy() == 1
-    return passed if cells is None else passed & cells
 
 
 def _read_table(source: Any, columns: Sequence[str]) -> Any:
@@ -499,7 +499,8 @@ def _read_table(source: Any, columns: Sequence[str]) -> Any:
     return source
 
 
-def _read_aliases(source: Any) -> dict[str, str]:
+def read_aliases(source: Any) -> dict[str, str]:
+    """Alias to gene, from a mapping, a DataFrame or a table on disk with columns alias, ensembl_id; empty for None."""
     if source is None:
         return {}
     if isinstance(source, Mapping):

@@ -34,6 +34,8 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, desc
     recipe = _pop_recipe(argv, parser)
     names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     flags = [] if recipe is None else _recipe_flags(Path(recipe), names, parser)
+    if any(word == "--recipe" or word.startswith("--recipe=") for word in argv):
+        parser.error("--recipe can be given once.")
     known, unknown = parser.parse_known_args([*flags, *argv])
     if unknown:
         parser.error(_unknown_keys([word.lstrip("-").split("=")[0] for word in unknown], names))
@@ -72,7 +74,13 @@ def _recipe_flags(path: Path, names: list[str], parser: Any) -> list[str]:
         parser.error(f"--recipe {path}: {_unknown_keys(unknown, names)}")
     flags: list[str] = []
     for key, value in recipe.items():
-        if value is not None:
+        if value is None or value == []:
+            # There is no word for these on a command line.
+            parser.set_defaults(**{key: value})
+        else:
+            # YAML reads a bare `no` as false, which an option with that choice does not mean.
+            choices = next(a.choices for a in parser._actions if a.dest == key)
+            value = "no" if value is False and "no" in (choices or ()) else value
             flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return flags
 

@@ -48,11 +48,13 @@ class LoopConfig:
     warmup_steps: float = option(10_000, "steps of linear warm-up; below 1, a share of all steps")
     weight_decay: float = option(0.001, "AdamW weight decay, for matrices and embeddings")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "arithmetic of the forward pass")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = option(
+        None, "arithmetic of the forward pass; absent: as `accelerate launch` was told, else float32"
+    )
     gradient_checkpointing: bool = option(False, "recomputes activations in the backward pass, to save memory")
     seed: int = option(0, "seed of initialization, data order, masking and dropout")
     log_every: int = option(10, "steps between lines of the progress bar and the trackers")
-    eval_every: int | None = option(None, "steps between validations; only at the end if absent")
+    eval_every: int = option(0, "steps between validations; 0: only at the end")
     save_every: int = option(1000, "steps between checkpoints")
     keep_last: int = option(2, "checkpoints to keep")
     resume: bool = option(False, "goes on from the last checkpoint of the output folder")
@@ -74,7 +76,9 @@ class LoopConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}.")
-        for name in ("epochs", "max_steps", "eval_every", "cpu_threads"):
+        if self.warmup_steps < 0 or self.eval_every < 0:
+            raise ValueError("warmup_steps and eval_every cannot be negative.")
+        for name in ("epochs", "max_steps", "cpu_threads"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, found {value}.")
@@ -120,6 +124,12 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
         log_with=list(config.trackers) or None,  # type: ignore[arg-type]
         project_dir=config.output,
     )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            "accelerate is set to gradient_accumulation_steps="
+            f"{accelerator.gradient_accumulation_steps}, but this loop accumulates by itself: set batch_size and "
+            "max_tokens, and accelerate's to 1."
+        )
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS=1, which would leave most of a CPU idle.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
@@ -157,8 +167,9 @@ def prepare_output(config: LoopConfig, accelerator: Accelerator) -> Path:
 
 
 def abandon_output(output: Path, accelerator: Accelerator) -> None:
-    """Lets the same command be given again after it failed before the first step: the folder is no longer a run."""
-    if accelerator.is_main_process and not list_checkpoints(output / "checkpoints"):
+    """Lets the same command be given again after its data could not be prepared: the folder is no longer a run."""
+    prepared = (output / "data" / "data.json").exists() or list_checkpoints(output / "checkpoints")
+    if accelerator.is_main_process and not prepared:
         (output / "run.json").unlink(missing_ok=True)
 
 
@@ -172,6 +183,7 @@ def train(
     *,
     validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     count_items: Callable[[dict[str, Any]], int] | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> TrainingResult:
     """Trains `model` in place and writes checkpoints and `metrics.jsonl` to the output folder.
 
@@ -182,6 +194,7 @@ def train(
     validate     called at `eval_every` and at the end with the model in evaluation mode; returns figures to log
     count_items  labelled items of a batch, over which the model's loss is a mean; by default labels other than -100, or
                  the number of examples
+    facts        what else run.json should say (data, device)
     Raises       RunError for a checkpoint of another run; FloatingPointError when the loss is no longer finite;
                  SystemExit(130) after Ctrl-C, with a checkpoint saved
     """
@@ -199,10 +212,20 @@ def train(
     step, seconds_before = 0, 0.0
     checkpoints = list_checkpoints(output / "checkpoints")
     if config.resume and checkpoints:
+        check_same_run(checkpoints[-1], n_steps, config)
         state = load_checkpoint(accelerator, checkpoints[-1], model, optimizer)
         step, seconds_before = state["step"], state["seconds"]
-        check_same_run(checkpoints[-1], state, n_steps, config)
         accelerator.print(f"Resuming at step {step:,} of {n_steps:,} from {checkpoints[-1]}")
+    if accelerator.is_main_process:
+        write_run_record(output / "run.json", config, **(facts or {}))
+        if config.warmup_steps > n_steps:
+            logger.warning(
+                "The warm-up of %g steps is longer than the run of %d: the learning rate never gets to %g. "
+                "Pass --warmup_steps 0.1 for a tenth of the run.",
+                config.warmup_steps,
+                n_steps,
+                config.learning_rate,
+            )
     log.start(step)
     started = time.perf_counter()
 
@@ -247,7 +270,8 @@ def train(
                 bar.set_postfix(loss=f"{log.flush():.3f}")
             if config.eval_every and step % config.eval_every == 0:
                 metrics, validated_at = run_validation(), step
-                bar.write("  ".join([f"step {step:,}", *(f"{k} {v:.4f}" for k, v in metrics.items())]))
+                if accelerator.is_main_process:
+                    bar.write("  ".join([f"step {step:,}", *(f"{k} {v:.4f}" for k, v in metrics.items())]))
             if stop:
                 path = save()
                 bar.close()
@@ -262,8 +286,9 @@ def train(
     return TrainingResult(step, seconds(), metrics)
 
 
-def check_same_run(path: Path, state: dict[str, Any], n_steps: int, config: LoopConfig) -> None:
+def check_same_run(path: Path, n_steps: int, config: LoopConfig) -> None:
     """Raises RunError unless a checkpoint's run had the same options and number of steps."""
+    state = json.loads((path / "state.json").read_text())
     current = json.loads(json.dumps(dataclasses.asdict(config)))
     changed = [k for k, v in current.items() if k not in FREE_OPTIONS and state["config"].get(k) != v]
     if changed:
@@ -377,10 +402,12 @@ class MetricsLog:
         pending, self._pending = self._pending, []
         losses = [float(loss) for _, loss, _, _ in pending]
         for (step, _, norm, rate), loss in zip(pending, losses, strict=True):
-            if not math.isfinite(loss):
+            # With fp16, the loss scaler skips a step whose gradient overflows.
+            scaled = self.accelerator.scaler is not None
+            if not math.isfinite(loss) or not (scaled or math.isfinite(float(norm))):
                 raise FloatingPointError(
-                    f"The loss of step {step:,} is {loss}. Lower learning_rate, lengthen warmup_steps, or use bf16 "
-                    "instead of fp16; the last checkpoint is intact."
+                    f"Loss or gradient of step {step:,} is not finite ({loss:g}, {float(norm):g}); the last checkpoint "
+                    "is intact. Lower learning_rate, lengthen warmup_steps, or use bf16 instead of fp16."
                 )
             self.write(step, {"loss": loss, "grad_norm": float(norm), "learning_rate": rate}, track=False)
         if pending:

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from cellglot.modeling.geneformer import PRESETS, GeneformerConfig, GeneformerForMaskedLM
 from cellglot.tokenization.gene_masking import MaskedGeneCollator
-from cellglot.train.config import option, parse_config, write_run_record
+from cellglot.train.config import option, parse_config
 from cellglot.train.loop import (
     LoopConfig,
     RunError,
@@ -69,7 +70,7 @@ class PretrainConfig(LoopConfig):
     learning_rate: float = option(5e-3, "maximum learning rate")
     schedule: Literal["linear", "cosine", "constant"] = option("cosine", "learning rate after the warm-up")
     warmup_steps: float = option(0.05, "steps of linear warm-up; below 1, a share of all steps")
-    eval_every: int | None = option(100, "steps between validations; absent: only at the end")
+    eval_every: int = option(100, "steps between validations; 0: only at the end")
     save_every: int = option(400, "steps between checkpoints")
 
     def __post_init__(self) -> None:
@@ -78,12 +79,14 @@ class PretrainConfig(LoopConfig):
             raise ValueError(f"max_validation_cells must be positive, found {self.max_validation_cells}.")
         if not 0 < self.validation_fraction < 1 or not 0 < self.mask_probability < 1:
             raise ValueError("validation_fraction and mask_probability must lie between 0 and 1.")
-        if self.model not in PRESETS:
-            raise ValueError(f"model must be one of {', '.join(PRESETS)}, found {self.model!r}.")
+        try:
+            model_config(self, vocab_size=10, max_length=10)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
 
 
-def model_config(config: PretrainConfig, tokenizer: Any) -> GeneformerConfig:
-    """Configuration of the model for a vocabulary: the preset, overrides of it, and the tokenizer's sizes."""
+def model_config(config: PretrainConfig, *, vocab_size: int, max_length: int) -> GeneformerConfig:
+    """Configuration of the model: the preset, overrides of it, and the sizes that the tokenizer decides."""
     overrides: dict[str, Any] = {
         name: getattr(config, name)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -94,9 +97,8 @@ def model_config(config: PretrainConfig, tokenizer: Any) -> GeneformerConfig:
     return GeneformerConfig.from_preset(
         config.model,
         **overrides,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=tokenizer.model_max_length,
-        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=vocab_size,
+        max_position_embeddings=max_length,
     )
 
 
@@ -119,16 +121,9 @@ def main(argv: list[str] | None = None) -> None:
     validation_lengths = np.asarray(validation["length"])
     collate = MaskedGeneCollator(data.tokenizer, config.mask_probability, config.mask_special_tokens)
     torch.manual_seed(config.seed)
-    model = GeneformerForMaskedLM(model_config(config, data.tokenizer))
-    if accelerator.is_main_process:
-        write_run_record(
-            output / "run.json",
-            config,
-            data={"source": data.description, "fingerprint": data.fingerprint},
-            n_processes=accelerator.num_processes,
-            device=str(accelerator.device),
-            torch_threads=torch.get_num_threads(),
-        )
+    model = GeneformerForMaskedLM(
+        model_config(config, vocab_size=len(data.tokenizer), max_length=data.tokenizer.model_max_length)
+    )
     accelerator.print(
         f"Geneformer, {model.num_parameters() / 1e6:.1f}M parameters, on {data.description}: "
         f"{len(lengths):,} training and {len(data.validation):,} validation cells, {len(data.tokenizer):,} tokens, "
@@ -147,13 +142,19 @@ def main(argv: list[str] | None = None) -> None:
         )
         return {"validation_loss": loss}
 
+    facts = {
+        "data": {"source": data.description, "fingerprint": data.fingerprint},
+        "n_processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "torch_threads": torch.get_num_threads(),
+    }
     try:
-        result = train(model, data.train, lengths, collate, config, accelerator, validate=validate)
+        result = train(model, data.train, lengths, collate, config, accelerator, validate=validate, facts=facts)
     except (RunError, FloatingPointError) as error:
         sys.exit(f"pretrain.py: {error}")
+    # The others do not wait: a probe on many cells outlasts the time-out of a barrier.
     if accelerator.is_main_process:
         write_report(model, data, config, result, output)
-    accelerator.wait_for_everyone()
     close(accelerator, model)
 
 

@@ -3,6 +3,8 @@
 Three kinds of source: the embedded PBMC corpus, a folder of count files, or token ids in Parquet.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +22,13 @@ from cellglot.datasets_scripts.pbmc import PBMC
 from cellglot.datasets_scripts.ragged_counts import read_ragged
 from cellglot.tokenization.count_matrix import open_counts
 from cellglot.tokenization.medians import vocabulary_from_corpus
-from cellglot.tokenization.rank_value import SPECIAL_TOKENS, RankValueTokenizer, TokenizationReport
+from cellglot.tokenization.rank_value import (
+    SPECIAL_TOKENS,
+    NoCellsError,
+    RankValueTokenizer,
+    TokenizationReport,
+    read_aliases,
+)
 
 from .config import write_atomically
 
@@ -93,6 +101,7 @@ def prepare_data(config: Any, folder: Path, *, is_main_process: bool = True) -> 
 def find_sources(config: Any) -> tuple[list[CellSource], str, str]:
     """(sources with their split, description, fingerprint) of what `config.data` names."""
     if config.data is None:
+        _refuse_options(config, "the embedded PBMC corpus", "split_by", "layer", "gene_ids", "validation_fraction")
         folder = PBMC().prepare()
         cells = {split: read_ragged(folder, split) for split in ("train", "validation")}
         sources = [
@@ -105,6 +114,7 @@ def find_sources(config: Any) -> tuple[list[CellSource], str, str]:
     if not path.exists():
         raise ValueError(f"--data {path} does not exist.")
     if token_files(path):
+        _refuse_options(config, "token ids", "split_by", "layer", "gene_ids", "cell_type")
         if config.vocabulary is None:
             raise ValueError(
                 f"{path} holds token ids: pass the vocabulary they are of, --vocabulary TABLE or TOKENIZER."
@@ -114,6 +124,14 @@ def find_sources(config: Any) -> tuple[list[CellSource], str, str]:
     if not files:
         raise ValueError(f"{path} holds neither {', '.join(COUNT_FILES)} with counts nor .parquet with input_ids.")
     return split_files(files, config), f"{len(files)} file(s) of {path.name}", _fingerprint(files, config)
+
+
+def _refuse_options(config: Any, what: str, *names: str) -> None:
+    """Raises ValueError for options that this kind of data would ignore."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    given = [name for name in names if getattr(config, name) != defaults[name]]
+    if given:
+        raise ValueError(f"{', '.join(given)} cannot be set for {what}: they are for folders of count files.")
 
 
 def token_files(path: Path) -> list[Path]:
@@ -130,25 +148,34 @@ def split_files(files: Sequence[Path], config: Any) -> list[CellSource]:
     Raises  ValueError if that column or the one with cell types is missing, or there are too few groups to hold one out
     """
     options = {"layer": config.layer, "gene_ids": config.gene_ids}
-    groups = []
+    groups, passing = [], []
     for file in files:
         with open_counts(file, layer=config.layer) as matrix:
             for column in (config.split_by, config.cell_type):
                 if column is not None and column not in matrix.obs:
                     raise ValueError(f"{file}: obs has no column {column!r}; it has {', '.join(map(str, matrix.obs))}.")
-            if config.split_by is None:
-                groups.append(np.char.add(np.arange(matrix.n_cells).astype(str), f"@{file}"))
-            else:
+            passing.append(matrix.passing_cells(np.ones(matrix.n_cells, dtype=bool)))
+            if config.split_by is not None:
                 groups.append(matrix.obs[config.split_by].astype(str).to_numpy(dtype=str))
-    names, index, counts = np.unique(np.concatenate(groups), return_inverse=True, return_counts=True)
-    order = np.random.default_rng(config.seed).permutation(len(names))
-    n_held_out = int(np.searchsorted(np.cumsum(counts[order]), config.validation_fraction * counts.sum())) + 1
-    if n_held_out >= len(names):
+    usable = np.concatenate(passing)
+    if config.split_by is None:
+        index = np.full(len(usable), -1)
+        index[usable] = np.arange(usable.sum())
+        sizes = np.ones(usable.sum(), dtype=np.int64)
+    else:
+        index = np.unique(np.concatenate(groups), return_inverse=True)[1]
+        sizes = np.bincount(index[usable], minlength=int(index.max()) + 1)
+    order = np.random.default_rng(config.seed).permutation(len(sizes))
+    n_held_out = int(np.searchsorted(np.cumsum(sizes[order]), config.validation_fraction * sizes.sum())) + 1
+    if n_held_out >= len(sizes):
         what = f"groups of {config.split_by!r}" if config.split_by else "cells"
-        raise ValueError(f"{len(names)} {what} cannot be split with validation_fraction={config.validation_fraction}.")
-    held_out = np.isin(index, order[:n_held_out])
-    masks = np.split(held_out, np.cumsum([len(group) for group in groups])[:-1])
-    return [CellSource(file, ~mask, mask, options) for file, mask in zip(files, masks, strict=True)]
+        raise ValueError(f"{len(sizes)} {what} cannot be split with validation_fraction={config.validation_fraction}.")
+    chosen = np.zeros(len(sizes), dtype=bool)
+    chosen[order[:n_held_out]] = True
+    held_out = chosen[index] & usable
+    ends = np.cumsum([len(part) for part in passing])[:-1]
+    parts = zip(files, np.split(usable & ~held_out, ends), np.split(held_out, ends), strict=True)
+    return [CellSource(file, train, validation, options) for file, train, validation in parts]
 
 
 def _tokenize(config: Any, sources: list[CellSource], folder: Path) -> None:
@@ -159,9 +186,12 @@ def _tokenize(config: Any, sources: list[CellSource], folder: Path) -> None:
             special_tokens=SPECIAL_TOKENS[config.layout],
             layer=config.layer,
             gene_ids=config.gene_ids,
+            aliases=read_aliases(config.aliases),
             cells=[s.train for s in sources],
         )
-        tokenizer = RankValueTokenizer.from_vocabulary(table, layout=config.layout, max_length=config.max_length)
+        tokenizer = RankValueTokenizer.from_vocabulary(
+            table, layout=config.layout, aliases=config.aliases, max_length=config.max_length
+        )
     else:
         tokenizer = load_vocabulary(config)
     for i, source in enumerate(sources):
@@ -169,14 +199,16 @@ def _tokenize(config: Any, sources: list[CellSource], folder: Path) -> None:
             mask = getattr(source, split)
             if mask.any():
                 report = TokenizationReport()
-                tokenizer.encode_anndata(
-                    source.source,
-                    cells=mask,
-                    empty_cells="drop",
-                    cache_file=folder / f"{split}-{i:05d}.arrow",
-                    report=report,
-                    **source.options,
-                )
+                # A file may have no usable cell in one of the splits; that of all files is checked in `_load`.
+                with contextlib.suppress(NoCellsError):
+                    tokenizer.encode_anndata(
+                        source.source,
+                        cells=mask,
+                        empty_cells="drop",
+                        cache_file=folder / f"{split}-{i:05d}.arrow",
+                        report=report,
+                        **source.options,
+                    )
                 print(f"{split}: {report}")
     tokenizer.save_pretrained(folder / "tokenizer")
 
@@ -187,17 +219,21 @@ def _split_tokens(config: Any, folder: Path) -> None:
     tokens = datasets.concatenate_datasets(
         [datasets.Dataset.from_parquet(str(file)) for file in token_files(Path(config.data))]  # type: ignore[misc]
     )
-    highest = max(int(np.max(batch)) for batch in tokens.with_format("numpy")["input_ids"])
+    lengths = np.array([len(ids) for ids in tokens["input_ids"]])
+    tokens = tokens.select_columns(["input_ids"]).add_column("length", lengths)  # type: ignore[call-arg]
+    tokens = tokens.select(np.flatnonzero(lengths))
+    if lengths.max(initial=0) > tokenizer.model_max_length:
+        raise ValueError(
+            f"{config.data} has cells of up to {lengths.max():,} tokens, the tokenizer's limit is "
+            f"{tokenizer.model_max_length:,}: raise max_length, or encode the cells anew."
+        )
+    highest = max((int(np.max(ids)) for ids in tokens.with_format("numpy")["input_ids"]), default=0)
     if highest >= len(tokenizer):
         raise ValueError(
             f"{config.data} has token id {highest:,}, but the vocabulary has {len(tokenizer):,} tokens: it is another "
             "one's."
         )
-    if "length" not in tokens.column_names:
-        tokens = tokens.add_column("length", [len(ids) for ids in tokens["input_ids"]])
-    split = tokens.select_columns(["input_ids", "length"]).train_test_split(
-        test_size=config.validation_fraction, seed=config.seed
-    )
+    split = tokens.train_test_split(test_size=config.validation_fraction, seed=config.seed)
     for name, part in (("train", split["train"]), ("validation", split["test"])):
         part.flatten_indices(cache_file_name=str(folder / f"{name}-00000.arrow"))
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -206,7 +242,13 @@ def _split_tokens(config: Any, folder: Path) -> None:
 def load_vocabulary(config: Any) -> RankValueTokenizer:
     """The tokenizer that `--vocabulary` names: a tokenizer folder, or a table with `--layout` and `--aliases`."""
     if os.path.isdir(config.vocabulary):
-        return RankValueTokenizer.from_pretrained(config.vocabulary)
+        tokenizer = RankValueTokenizer.from_pretrained(config.vocabulary)
+        if config.aliases or config.max_length or tokenizer.layout != config.layout:
+            raise ValueError(
+                f"{config.vocabulary} is a tokenizer with layout {tokenizer.layout} and its own aliases and length: "
+                f"pass --layout {tokenizer.layout} and neither --aliases nor --max_length."
+            )
+        return tokenizer
     return RankValueTokenizer.from_vocabulary(
         config.vocabulary, layout=config.layout, aliases=config.aliases, max_length=config.max_length
     )
@@ -229,7 +271,11 @@ def _fingerprint(files: Sequence[Path], config: Any) -> str:
             digest.update(file.read(1 << 16))
             file.seek(-min(1 << 16, path.stat().st_size), os.SEEK_END)
             digest.update(file.read())
-    names = ("vocabulary", "layout", "max_length", "layer", "gene_ids", "split_by", "validation_fraction")
+    for table in (config.vocabulary, config.aliases):
+        parts = sorted(Path(table).glob("*.json")) if table and Path(table).is_dir() else [Path(table)] if table else []
+        for part in parts:
+            digest.update(part.read_bytes())
+    names = ("layout", "max_length", "layer", "gene_ids", "split_by", "validation_fraction")
     digest.update(json.dumps({name: getattr(config, name) for name in names}, sort_keys=True).encode())
     digest.update(str(config.seed if config.data else 0).encode())
     return digest.hexdigest()[:16]

@@ -51,6 +51,10 @@ def write_report(
         "train_tokens": int(np.sum(data.train["length"])),
         "vocabulary": len(data.tokenizer),
     }
+    report["probe"] = []
+    # First without probe and pictures, which may fail on odd data: a trained model is never lost to its report.
+    card = pretraining_card(report, data, config, [])
+    write_model_directory(model, data.tokenizer, output / "model", card=card, report=report, files={})
     if config.report:
         figures["loss_curve.png"] = output / "loss_curve.png"
         references = {"unigram": loss["unigram_loss"], "rank-binned unigram": loss["rank_binned_loss"]}
@@ -196,9 +200,10 @@ def _read_cells(
     encoded = tokenizer.encode_anndata(source.source, cells=cells, **options).with_format("numpy")["input_ids"][:]
     blocks = []
     with open_counts(source.source, layer=options.get("layer")) as matrix:
-        known = tokenizer.match_genes(matrix, options.get("gene_ids")).index_g >= 0
+        # By gene of the vocabulary: files differ in their columns and their order.
+        selector = tokenizer.selector(tokenizer.match_genes(matrix, options.get("gene_ids")))
         for rows, counts in matrix.blocks(cells):
             totals = np.maximum(matrix.cell_totals(rows, counts), 1)
-            blocks.append((sp.diags_array(TARGET_SUM / totals) @ counts[:, known]).log1p())
+            blocks.append((sp.diags_array(TARGET_SUM / totals) @ (counts @ selector)).log1p())
         obs = matrix.obs[cells]
     return list(encoded), sp.csr_matrix(sp.vstack(blocks)), obs

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .tokenization.count_matrix import open_counts
+
 # Padded tokens of one forward pass at the most
 MAX_TOKENS = 16_384
 
@@ -42,11 +44,11 @@ def embed_cells(
     """
     if encode_options.get("empty_cells", "keep") != "keep" or encode_options.get("cells") is not None:
         raise ValueError("Embeddings are one row a cell: select cells before, not with empty_cells= or cells=.")
+    with open_counts(adata_or_path, layer=counts_layer) as matrix:
+        n_cells = matrix.n_cells
     encoded = tokenizer.encode_anndata(adata_or_path, layer=counts_layer, **encode_options)
-    if not isinstance(adata_or_path, str | Path) and len(encoded) != adata_or_path.n_obs:
-        raise ValueError(
-            f"obs['filter_pass'] selects {len(encoded):,} of {adata_or_path.n_obs:,} cells: subset the AnnData first."
-        )
+    if len(encoded) != n_cells:
+        raise ValueError(f"obs['filter_pass'] selects {len(encoded):,} of {n_cells:,} cells: subset them first.")
     embeddings = embed_tokens(
         encoded.with_format("numpy")["input_ids"][:],
         model,

@@ -111,15 +111,19 @@ def test_loom(cells, tmp_path):
     assert encoded["Class"][:] == cells.obs["cell_type"].tolist()
 
 
-def test_10x_h5(cells, tmp_path):
+def test_10x_h5_without_its_antibodies(cells, tmp_path):
+    antibodies = np.full((N, 2), 500)
+    matrix = sp.csr_matrix(np.hstack([antibodies[:, :1], cells.X.toarray(), antibodies[:, 1:]]))
     with h5py.File(tmp_path / "c.h5", "w") as file:
         group = file.create_group("matrix")
         for name in ("data", "indices", "indptr"):
-            group[name] = getattr(cells.X, name)
-        group["shape"] = np.array([G, N])
+            group[name] = getattr(matrix, name)
+        group["shape"] = np.array([G + 2, N])
         group["barcodes"] = cells.obs_names.to_numpy(dtype="S")
-        group["features/id"] = cells.var_names.to_numpy(dtype="S")
-        group["features/name"] = np.array([f"SYM{i}" for i in range(G)], dtype="S")
+        group["features/id"] = np.array(["CD3", *cells.var_names, "CD4"], dtype="S")
+        group["features/name"] = np.array([f"SYM{i}" for i in range(G + 2)], dtype="S")
+        kinds = ["Antibody Capture", *["Gene Expression"] * G, "Antibody Capture"]
+        group["features/feature_type"] = np.array(kinds, dtype="S")
     assert_same_counts(tmp_path / "c.h5", cells)
 
 
@@ -139,6 +143,29 @@ def test_a_file_of_an_old_anndata():
     path = Path(scanpy.__file__).parent / "datasets" / "10x_pbmc68k_reduced.h5ad"
     expected = scanpy.datasets.pbmc68k_reduced().raw.to_adata()
     assert_same_counts(path, expected, "raw", cells_per_block=300)
+
+
+def change_data_set(path, name, change):
+    with h5py.File(path, "a") as file:
+        values = change(file[name][:])  # type: ignore[index]
+        del file[name]
+        file[name] = values
+
+
+DAMAGE = {
+    "gene beyond the matrix": ("X/indices", lambda x: np.where(np.arange(len(x)) == 5, 10**8, x)),
+    "negative gene": ("X/indices", lambda x: np.where(np.arange(len(x)) == 5, -5, x)),
+    "fewer values than announced": ("X/data", lambda x: x[:-3]),
+    "fewer cells than announced": ("X/indptr", lambda x: x[:-3]),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_matrices(cells, kind, tmp_path):
+    cells.write_h5ad(tmp_path / "c.h5ad")
+    change_data_set(tmp_path / "c.h5ad", *DAMAGE[kind])
+    with pytest.raises(OSError, match=r"c\.h5ad cannot be read: truncated or corrupt"):
+        make_tokenizer().encode_anndata(tmp_path / "c.h5ad")
 
 
 @pytest.mark.parametrize("kind", ["truncated", "not hdf5", "missing group"])

@@ -28,6 +28,13 @@ def test_upper_case_that_two_genes_share_needs_the_exact_spelling():
     np.testing.assert_array_equal(resolver.match(["Abc", "aBC", "ABC"]).index_g, [0, 1, -1])
 
 
+def test_an_alias_of_one_vocabulary_gene_for_another_holds_in_every_spelling():
+    resolver = GeneResolver(VOCABULARY, {"ENSG00000000003": "ENSG00000141510"})
+    np.testing.assert_array_equal(
+        resolver.match(["ENSG00000000003", "ENSG00000000003.2", "ensg00000000003"]).index_g, 1
+    )
+
+
 def test_columns_of_one_gene_are_counted_as_collapsed():
     match = GeneResolver(VOCABULARY, ALIASES).match(["TP53", "ENSG00000141510", "p53", "TSPAN6"])
     assert (match.n_matched, match.n_collapsed) == (4, 2)

@@ -99,6 +99,14 @@ def test_columns_without_a_name_are_no_gene():
     assert table["token"].tolist() == [*SPECIAL_TOKENS["v1"], *ensembl(3)]
 
 
+def test_cells_that_failed_a_filter_do_not_count():
+    adata = synthetic_cells(40, 7)
+    kept = np.arange(40) % 3 > 0
+    expected = vocabulary_from_corpus([adata[kept].copy()], special_tokens=SPECIAL_TOKENS["v1"], progress=False)
+    adata.obs["filter_pass"] = kept.astype(int)
+    assert vocabulary_from_corpus([adata], special_tokens=SPECIAL_TOKENS["v1"], progress=False).equals(expected)
+
+
 def test_nothing_to_learn_from():
     adata = synthetic_cells(4, 3)
     adata.X = sp.csr_matrix(adata.X.shape)

@@ -275,6 +275,10 @@ def test_missing_columns_layers_and_lengths():
     bad(lambda a: None, "no layer 'counts'; it has X", layer="counts")
     bad(lambda a: None, "Expected max_length between 1 and the tokenizer's 2,048, found 4,000", max_length=4000)
     bad(lambda a: a[:0], "no cells")
+    bad(lambda a: None, "Expected obs_columns as a list of names", obs_columns="donor")
+    bad(lambda a: a.obs.insert(0, "length", 7), "other than 'input_ids' and 'length'", obs_columns=["length"])
+    bad(lambda a: a.obs.insert(0, "n_counts", "many"), r"obs\['n_counts'\] holds object, not numbers .*'many'")
+    bad(lambda a: a.obs.insert(0, "mix", [1, "x"] * 3), r"obs\['mix'\] mixes types", obs_columns=["mix"])
     bad(lambda a: None, "boolean mask of its 6 cells, found int64 of shape", cells=np.array([1, 2]))
 
 

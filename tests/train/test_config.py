@@ -28,7 +28,10 @@ def recipe(tmp_path, text):
 def test_defaults_recipe_and_command_line_in_that_order(tmp_path):
     assert parse_config(Tiny, []) == Tiny()
     words = recipe(tmp_path, "rate: 1e-2\nsteps: 7\nflag: false\nnames: [p, q]\nkind: null\n")
-    assert parse_config(Tiny, words) == Tiny(0.01, 7, "a", False, ["p", "q"])
+    assert parse_config(Tiny, words) == Tiny(0.01, 7, None, False, ["p", "q"])  # type: ignore[arg-type]
+    assert parse_config(Tiny, recipe(tmp_path, "names: []\nsteps: null")) == Tiny(names=[])
+    assert parse_config(LoopConfig, recipe(tmp_path, "mixed_precision: no")).mixed_precision == "no"
+    words = recipe(tmp_path, "rate: 1e-2\nsteps: 7\nflag: false\nnames: [p, q]\n")
     assert parse_config(Tiny, ["--rate", "3", *words, "--kind=b", "--flag", "true"]) == Tiny(
         3.0, 7, "b", True, ["p", "q"]
     )
@@ -53,6 +56,12 @@ def test_unknown_keys_and_wrong_types_are_errors(text, words, message, tmp_path,
     assert message in capsys.readouterr().err
 
 
+def test_two_recipes(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Tiny, [*recipe(tmp_path, "steps: 3"), "--recipe", "other.yaml"])
+    assert "--recipe can be given once" in capsys.readouterr().err
+
+
 def test_missing_recipe(capsys):
     with pytest.raises(SystemExit):
         parse_config(Tiny, ["--recipe", "nowhere.yaml"])
@@ -66,6 +75,8 @@ def test_missing_recipe(capsys):
         ["--learning_rate", "-1"],
         ["--resume", "true", "--overwrite", "true"],
         ["--model", "v9"],
+        ["--num_attention_heads", "3"],
+        ["--warmup_steps", "-1"],
         ["--validation_fraction", "1.5"],
     ],
 )

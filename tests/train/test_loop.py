@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from cellglot.train import checkpoint
 from cellglot.train.loop import (
@@ -96,8 +97,6 @@ def uninterrupted(corpus, tmp_path_factory):
 
 
 def final_weights(output):
-    from safetensors.torch import load_file
-
     return load_file(output / "model" / "model.safetensors")
 
 
@@ -190,6 +189,9 @@ def test_resuming_with_other_options_is_refused(corpus, uninterrupted, tmp_path)
     result = run(corpus, output, expect=1, resume="true", dropout=0.1, max_steps=40, learning_rate=0.5)
     assert "other options: max_steps was 30 and is 40, learning_rate was 0.005 and is 0.5" in result.stderr
     assert "Traceback" not in result.stderr
+    assert "Traceback" not in run(corpus, output, expect=1, resume="true", dropout=0.1, hidden_size=32).stderr
+    # The record still says how the checkpoint came to be.
+    assert json.loads((output / "run.json").read_text())["config"]["learning_rate"] == 0.005
     result = run(corpus, output, expect=1, resume="true", validation_fraction=0.3)
     assert "was made from other data or options" in result.stderr
 
@@ -275,8 +277,10 @@ def test_learning_rate(schedule, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"loss of step \d+ is (nan|inf).*Lower learning_rate"):
-        fit_line(tmp_path, learning_rate=1e30, max_grad_norm=1e30, log_every=1, save_every=1)
+    with pytest.raises(FloatingPointError, match=r"of step \d+ is not finite .*Lower learning_rate"):
+        fit_line(tmp_path, learning_rate=1e30, max_grad_norm=1e30, save_every=1)
+    for path in checkpoint.list_checkpoints(tmp_path / "checkpoints"):
+        assert all(torch.isfinite(x).all() for x in load_file(path / "model.safetensors").values())
 
 
 def test_last_n_checkpoints_are_kept(tmp_path):

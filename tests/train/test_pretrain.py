@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from cellglot.tokenization.rank_value import SPECIAL_TOKENS
 from cellglot.train.loop import read_metrics
 from cellglot.train.pretrain import PretrainConfig, main
 from cellglot.train.pretraining_data import find_sources, prepare_data
+from cellglot.train.pretraining_report import labelled_cells
 
 from ..conftest import make_tokenizer, synthetic_cells
 
@@ -155,6 +157,36 @@ def test_v2_layout_trains_without_masking_special_tokens(corpus, tmp_path):
     assert RankValueTokenizer.from_pretrained(tmp_path / "run" / "model").cls_token_id == 2
 
 
+def test_files_with_other_genes_in_another_order_and_cells_that_failed(tmp_path):
+    """The report's features are by gene of the vocabulary, whatever a file's columns; failed cells take no part."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i, genes in enumerate((slice(0, 20), slice(30, 10, -1), slice(5, 31))):
+        adata = synthetic_cells(50, 31, seed=i)[:, genes].copy()
+        adata.obs["filter_pass"] = (np.arange(50) % 5 > 0).astype(int)
+        adata.write_h5ad(folder / f"part{i}.h5ad")
+    main(words(data=folder, output=tmp_path / "run"))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["n_train_cells"] + report["n_validation_cells"] == 120
+    assert len(report["probe"]) == 4
+    sources, _, _ = find_sources(config(data=str(folder)))
+    data = prepare_data(config(data=str(folder)), tmp_path / "data")
+    cells = labelled_cells(data, None)
+    position = {gene: i for i, gene in enumerate(data.tokenizer.gene_medians)}
+    row = 0
+    for source in sources:
+        adata = ad.read_h5ad(source.source)
+        for cell in np.flatnonzero(source.train | source.validation):
+            counts = np.asarray(adata.X[cell].todense()).ravel()
+            expected = np.zeros(len(position))
+            for gene, x in zip(adata.var_names, counts, strict=True):
+                if gene in position:
+                    expected[position[gene]] = np.log1p(x / counts.sum() * 10_000)
+            np.testing.assert_allclose(cells.expression[row].toarray().ravel(), expected)
+            row += 1
+    assert row == 120
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -165,6 +197,9 @@ def test_v2_layout_trains_without_masking_special_tokens(corpus, tmp_path):
         ({"data": "CORPUS", "split_by": "patient"}, "no column 'patient'; it has cell_type, donor"),
         ({"data": "CORPUS", "split_by": "cell_type", "validation_fraction": 0.9}, "cannot be split"),
         ({"data": "CORPUS", "cell_type": "celltype"}, "no column 'celltype'; it has cell_type, donor"),
+        ({"data": "TOKENS", "vocabulary": "SMALLER", "split_by": "donor"}, "split_by cannot be set for token ids"),
+        ({"validation_fraction": 0.5}, "validation_fraction cannot be set for the embedded PBMC corpus"),
+        ({"data": "CORPUS", "vocabulary": "SMALLER", "max_length": 9}, "its own aliases and length"),
         ({"data": "CORPUS", "layer": "counts"}, "has no layer 'counts'; it has X"),
         ({"data": "CORPUS", "trackers": "tensorbored"}, "Unknown tracker 'tensorbored'"),
     ],
