@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -175,7 +176,7 @@ def test_files_with_other_genes_in_another_order_and_cells_that_failed(tmp_path)
     position = {gene: i for i, gene in enumerate(data.tokenizer.gene_medians)}
     row = 0
     for source in sources:
-        adata = ad.read_h5ad(source.source)
+        adata: Any = ad.read_h5ad(source.source)
         for cell in np.flatnonzero(source.train | source.validation):
             counts = np.asarray(adata.X[cell].todense()).ravel()
             expected = np.zeros(len(position))
