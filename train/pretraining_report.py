@@ -165,11 +165,12 @@ def format_report(report: dict[str, Any], output: Path) -> str:
     ]
     if report["probe"]:
         first = report["probe"][0]
-        lines += ["", f"cell type of {first['n_test']:,} held-out cells          accuracy  95% interval    macro F1"]
+        head = f"cell type of {first['n_test']:,} held-out cells"
+        lines += ["", f"{head:<54}accuracy  95% interval    macro F1"]
         for row in report["probe"]:
             name = row["features"] if row["features"] == "majority type" else f"logistic regression, {row['features']}"
             lines.append(
-                f"  {name:<43}{row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  {row['macro_f1']:.3f}"
+                f"  {name:<52}{row['accuracy']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  {row['macro_f1']:.3f}"
             )
     figures = ", ".join(path.name for path in sorted(output.glob("*.png")))
     return "\n".join(
