@@ -21,7 +21,8 @@ from cellglot.tokenization.rank_encoding import TARGET_SUM
 
 from .config import write_atomically
 from .figures import plot_loss_curve, plot_umap, save_figure, umap_coordinates
-from .loop import TrainingResult, read_metrics
+from .loop import TrainingResult
+from .metrics_log import read_metrics
 from .model_directory import write_model_directory
 from .pretraining_card import pretraining_card
 from .pretraining_data import CellSource, PretrainingData

@@ -24,9 +24,9 @@ from cellglot.train.loop import (
     make_accelerator,
     mean_loss,
     prepare_output,
-    read_metrics,
     train,
 )
+from cellglot.train.metrics_log import read_metrics
 
 from ..conftest import ROOT, synthetic_cells
 

@@ -13,7 +13,7 @@ import yaml
 from cellglot import GeneformerForMaskedLM, RankValueTokenizer
 from cellglot.tokenization.medians import vocabulary_from_corpus
 from cellglot.tokenization.rank_value import SPECIAL_TOKENS
-from cellglot.train.loop import read_metrics
+from cellglot.train.metrics_log import read_metrics
 from cellglot.train.pretrain import PretrainConfig, main
 from cellglot.train.pretraining_data import find_sources, prepare_data
 from cellglot.train.pretraining_report import labelled_cells
