@@ -1,7 +1,6 @@
-"""Figures of a training run: tables or arrays in, matplotlib axes out."""
+"""Figures of a training run: tables in, matplotlib axes out."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,50 +30,3 @@ def plot_loss_curve(log: Sequence[dict[str, Any]], references: dict[str, float] 
     ax.set(xlabel="optimizer step", ylabel="masked-gene loss (nats)", title="Pre-training")
     ax.legend(frameon=False)
     return ax
-
-
-def umap_coordinates(embeddings: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """(cells, 2) UMAP of (cells, width) embeddings."""
-    import warnings
-
-    import umap
-
-    with warnings.catch_warnings():
-        # A fixed seed means one thread, which is what we want.
-        warnings.filterwarnings("ignore", message="n_jobs value")
-        return np.asarray(
-            umap.UMAP(n_neighbors=min(15, len(embeddings) - 1), random_state=seed).fit_transform(embeddings)
-        )
-
-
-def plot_umap(coordinates: np.ndarray, labels: Sequence[str] | None = None, ax: Any = None) -> Any:
-    """Cells in two dimensions, coloured by label, the most frequent labels first in the legend."""
-    import matplotlib.pyplot as plt
-    import pandas as pd
-
-    ax = ax or plt.subplots(figsize=(7.6, 4.6))[1]
-    size = float(np.clip(6000 / len(coordinates), 1, 14))
-    if labels is None:
-        ax.scatter(*coordinates.T, s=size, linewidths=0)
-    else:
-        names = pd.Series(np.asarray(labels, dtype=str))
-        colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-        for i, name in enumerate(names.value_counts().index):
-            chosen = coordinates[(names == name).to_numpy()]
-            ax.scatter(
-                *chosen.T, s=size, linewidths=0, color=colours[i % len(colours)], label=f"{name} ({len(chosen)})"
-            )
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=1.5, fontsize="small")
-    ax.set(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[], title="Cell embeddings")
-    return ax
-
-
-def save_figure(ax: Any, path: Path) -> None:
-    """Writes the figure of `ax` as PNG and closes it."""
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    ax.figure.savefig(partial, dpi=144, bbox_inches="tight", format="png")
-    partial.replace(path)
-    plt.close(ax.figure)

@@ -14,13 +14,14 @@ import scipy.sparse as sp
 import torch
 
 from cellglot.embedding import embed_tokens
+from cellglot.figures import plot_umap, save_figure, umap_coordinates
 from cellglot.metrics.masked_gene import rank_binned_cross_entropy, unigram_cross_entropy
 from cellglot.metrics.probe import accuracy_with_interval, linear_probe, majority_prediction
 from cellglot.tokenization.count_matrix import open_counts
 from cellglot.tokenization.rank_encoding import TARGET_SUM
 
 from .config import write_atomically
-from .figures import plot_loss_curve, plot_umap, save_figure, umap_coordinates
+from .figures import plot_loss_curve
 from .loop import TrainingResult
 from .metrics_log import read_metrics
 from .model_directory import write_model_directory
