@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from .configuration_geneformer import PRESETS as PRESETS
     from .configuration_geneformer import GeneformerConfig as GeneformerConfig
     from .modeling_geneformer import GeneformerForMaskedLM as GeneformerForMaskedLM
+    from .modeling_geneformer import (
+        GeneformerForMultiTaskSequenceClassification as GeneformerForMultiTaskSequenceClassification,
+    )
+    from .modeling_geneformer import GeneformerForSequenceClassification as GeneformerForSequenceClassification
+    from .modeling_geneformer import GeneformerForTokenClassification as GeneformerForTokenClassification
     from .modeling_geneformer import GeneformerModel as GeneformerModel
     from .modeling_geneformer import GeneformerPreTrainedModel as GeneformerPreTrainedModel
 
@@ -17,6 +22,9 @@ _HOME = {
     "PRESETS": "configuration_geneformer",
     "GeneformerConfig": "configuration_geneformer",
     "GeneformerForMaskedLM": "modeling_geneformer",
+    "GeneformerForMultiTaskSequenceClassification": "modeling_geneformer",
+    "GeneformerForSequenceClassification": "modeling_geneformer",
+    "GeneformerForTokenClassification": "modeling_geneformer",
     "GeneformerModel": "modeling_geneformer",
     "GeneformerPreTrainedModel": "modeling_geneformer",
 }
@@ -25,6 +33,9 @@ __all__ = [
     "PRESETS",
     "GeneformerConfig",
     "GeneformerForMaskedLM",
+    "GeneformerForMultiTaskSequenceClassification",
+    "GeneformerForSequenceClassification",
+    "GeneformerForTokenClassification",
     "GeneformerModel",
     "GeneformerPreTrainedModel",
 ]

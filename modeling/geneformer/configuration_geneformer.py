@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -17,7 +17,10 @@ AUTO_MAP = {
     "AutoConfig": "configuration_geneformer.GeneformerConfig",
     "AutoModel": "modeling_geneformer.GeneformerModel",
     "AutoModelForMaskedLM": "modeling_geneformer.GeneformerForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_geneformer.GeneformerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_geneformer.GeneformerForTokenClassification",
 }
+MULTI_TASK_CLASS = "modeling_geneformer.GeneformerForMultiTaskSequenceClassification"
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Theodoris et al. 2023, Methods, and the released config.json files
@@ -83,6 +86,14 @@ class GeneformerConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
+    # Dropout before a classifier; None: hidden_dropout_prob (BERT's rule)
+    classifier_dropout: float | int | None = None
+    # What stands for a cell before a classifier: BERT's pooler of the first token, as in the original's checkpoints
+    # (<cls> in V2, in V1 the highest-ranked gene), or the mean over all tokens
+    classifier_pooling: Literal["first", "mean"] = "first"
+    # Multi-task classification: labels of each task (kept in order of name), and how much its loss counts (1 if absent)
+    tasks: dict[str, list[str]] | None = None
+    task_weights: dict[str, float | int] | None = None
 
     def __post_init__(self, **kwargs: Any):
         names = [field.name for field in dataclasses.fields(self)]
@@ -92,6 +103,11 @@ class GeneformerConfig(PreTrainedConfig):
                 raise ValueError(f"GeneformerConfig has no {key!r}; did you mean {close[0]!r}?")
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
+        if self.tasks:
+            # config.json is written with sorted keys, and the order of the tasks is that of the classifiers.
+            self.tasks = dict(sorted(self.tasks.items()))
+            # There is one Auto class for both kinds of cell classifiers.
+            self.auto_map["AutoModelForSequenceClassification"] = MULTI_TASK_CLASS
 
     def validate_architecture(self) -> None:
         """Heads divide the width."""
@@ -100,6 +116,15 @@ class GeneformerConfig(PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be a multiple of "
                 f"num_attention_heads ({self.num_attention_heads})."
             )
+
+    def validate_tasks(self) -> None:
+        """Every task has two labels or more, and weights are of tasks."""
+        for name, labels in (self.tasks or {}).items():
+            if len(set(labels)) < 2 or len(set(labels)) != len(labels):
+                raise ValueError(f"Task {name!r} needs two different labels at least, found {labels}.")
+        unknown = set(self.task_weights or {}) - set(self.tasks or {})
+        if unknown:
+            raise ValueError(f"task_weights names {sorted(unknown)}; the tasks are {list(self.tasks or {})}.")
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "GeneformerConfig":
@@ -114,16 +139,22 @@ class GeneformerConfig(PreTrainedConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The configuration file's content; one of the original Geneformer (a BERT) is read as ours.
 
-        Raises  ValueError for a BERT that is no Geneformer encoder (decoder, relative positions)
+        Raises  ValueError for another architecture, or a BERT that is no Geneformer encoder (decoder, relative
+                positions)
         """
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config.get("model_type") == "bert":
             for key, expected in _BERT_ONLY_KEYS.items():
                 if config.pop(key, expected) != expected:
                     raise ValueError(f"{pretrained_model_name_or_path}: a Geneformer has {key}={expected!r}.")
-            for key in ("use_cache", "classifier_dropout", "gradient_checkpointing", "architectures"):
+            for key in ("use_cache", "gradient_checkpointing", "architectures"):
                 config.pop(key, None)
             config["model_type"] = cls.model_type
+        elif config.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {config['model_type']!r} model; expected 'geneformer', or "
+                "'bert' as in the original's checkpoints."
+            )
         return config, kwargs
 
 

@@ -5,13 +5,17 @@ embeddings. Source: Theodoris et al., "Transfer learning enables predictions in 
 "Geneformer architecture and pretraining".
 
 Modules bear BERT's names, so the original's checkpoints load as they are and ours load into `BertForMaskedLM`.
-Deviations from it: the head computes logits only where labels ask for them; cells can be packed end to end with
-`cu_seqlens` instead of padded; there is no pooler.
+Deviations from it: the masked-gene head computes logits only where labels ask for them; cells can be packed end to end
+with `cu_seqlens` instead of padded; only a classifier of cells has BERT's pooler.
 
 Axes: n cells, t tokens, d width, h heads, v vocabulary.
 """
 
+import os
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +25,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_geneformer import GeneformerConfig
@@ -66,6 +75,49 @@ def packed_attention_forward(
     lengths = cu_seqlens.diff().tolist()
     cells = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     return torch.cat([attend(module, *qkv, attention_mask=None, **kwargs)[0] for qkv in cells], dim=1), None
+
+
+def cell_vectors(
+    x: torch.Tensor, pooling: str, attention_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    """One vector a cell: that of its first token, or the mean over its tokens, padding left out.
+
+    x        (n, t, d) hidden states; packed (1, tokens of all cells, d) with cu_seqlens
+    pooling  "first" or "mean"
+    Returns  (cells, d)
+    """
+    if cu_seqlens is not None:
+        if pooling == "first":
+            return x[0, cu_seqlens[:-1]]
+        lengths = cu_seqlens.diff()
+        cell = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths)
+        return x.new_zeros(len(lengths), x.shape[-1]).index_add(0, cell, x[0]) / lengths.unsqueeze(-1)
+    if pooling == "first":
+        return x[:, 0]
+    if attention_mask is None:
+        return x.mean(dim=1)
+    mask = attention_mask.to(x.dtype).unsqueeze(-1)
+    return (x * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def classification_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    class_weights: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> torch.Tensor:
+    """Cross-entropy, each item weighed by its class, over the number of labelled items.
+
+    logits         (..., classes)
+    labels         (...) class of each item, -100 where none is
+    class_weights  (classes,), of mean 1 over the items of the whole training set. The sum of weights in a batch is not
+                   divided by, so that a batch weighs the same however it is cut up
+    """
+    weights = None if class_weights is None else class_weights.to(logits.device, torch.float32)
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), weight=weights, reduction="sum", ignore_index=-100
+    )
+    return loss / ((labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 class GeneformerEmbeddings(nn.Module):
@@ -217,8 +269,19 @@ class GeneformerMaskedLMHead(nn.Module):
         return self.predictions(x)
 
 
+class GeneformerPooler(nn.Module):
+    """BERT's pooler: tanh of a projection of a cell's vector."""
+
+    def __init__(self, config: GeneformerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.dense(x))
+
+
 class GeneformerPreTrainedModel(PreTrainedModel):
-    """Initialization and loading shared by all Geneformers."""
+    """Initialization, loading and export shared by all Geneformers."""
 
     config: GeneformerConfig  # type: ignore[assignment]
     config_class = GeneformerConfig
@@ -230,6 +293,63 @@ class GeneformerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["GeneformerEmbeddings", "GeneformerLayer"]
     _can_record_outputs = {"hidden_states": GeneformerLayer, "attentions": GeneformerSelfAttention}
+    # The head of a masked LM, which no other model has
+    _keys_to_ignore_on_load_unexpected = [r"^cls\."]
+    # transformers' class that reads what `export_to_bert` writes; None where there is none
+    _bert_class: str | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the original's checkpoints load as they are.
+
+        Raises  ValueError for a checkpoint without the weights of this encoder
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        encoder = ("embeddings.", "encoder.", "bert.embeddings.", "bert.encoder.")
+        missing = sorted(key for key in info["missing_keys"] if key.startswith(encoder))
+        if missing:
+            # transformers would go on with random weights in their place.
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing):,} weights of this Geneformer, e.g. "
+                f"{missing[0]!r}: it is a checkpoint of another architecture, or its config.json is another's."
+            )
+        return (model, info) if with_info else model
+
+    def export_to_bert(self, path: str | os.PathLike) -> None:
+        """Writes a folder that transformers' BERT classes and the original Geneformer read.
+
+        Raises  TypeError for a model that BERT has no counterpart of, FileExistsError for a folder with files in it
+        """
+        import transformers
+
+        config: Any = self.config
+        if self._bert_class is None or (hasattr(self, "classifier") and config.classifier_pooling != "first"):
+            raise TypeError(
+                f"BERT has no counterpart of {type(self).__name__}"
+                f"{'' if self._bert_class is None else ' with classifier_pooling=' + repr(config.classifier_pooling)}."
+            )
+        path = Path(path)
+        if path.exists() and any(path.iterdir()):
+            raise FileExistsError(f"{path} is not empty: choose another folder.")
+        left_out = {"auto_map", "classifier_pooling", "tasks", "task_weights", "model_type", "transformers_version"}
+        options = {key: value for key, value in config.to_dict().items() if key not in left_out}
+        bert_config = transformers.BertConfig(**options)
+        with torch.device("meta"):
+            bert_class = getattr(transformers, self._bert_class)
+            bert = bert_class(
+                bert_config, **({"add_pooling_layer": False} if bert_class.__name__ == "BertModel" else {})
+            )
+        missing, unexpected = bert.load_state_dict(self.state_dict(), strict=False, assign=True)
+        assert not unexpected, unexpected
+        assert all(key.endswith(("position_ids", "token_type_ids")) for key in missing), missing
+        bert.tie_weights()
+        partial = path.with_name(f".partial-{path.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        bert.save_pretrained(partial)
+        if path.exists():
+            path.rmdir()
+        os.replace(partial, path)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -242,13 +362,16 @@ class GeneformerModel(GeneformerPreTrainedModel):
     """Gene embeddings in the context of their cell."""
 
     _auto_class = "AutoModel"
-    _keys_to_ignore_on_load_unexpected = [r"^cls\."]  # the head of a masked LM
+    _keys_to_ignore_on_load_unexpected = [r"^cls\.", r"pooler\.", r"^classifiers?\."]  # what heads add
+    _bert_class = "BertModel"
 
-    def __init__(self, config: GeneformerConfig):
+    def __init__(self, config: GeneformerConfig, add_pooling_layer: bool = False):
         super().__init__(config)
         self.gradient_checkpointing = False
         self.embeddings = GeneformerEmbeddings(config)
         self.encoder = GeneformerEncoder(config)
+        # Applied by the heads that have one; the name is BERT's.
+        self.pooler = GeneformerPooler(config) if add_pooling_layer else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -317,6 +440,8 @@ class GeneformerForMaskedLM(GeneformerPreTrainedModel):
     """Predicts masked genes (pre-training)."""
 
     _auto_class = "AutoModelForMaskedLM"
+    _keys_to_ignore_on_load_unexpected = []
+    _bert_class = "BertForMaskedLM"
     _tied_weights_keys = {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -367,4 +492,163 @@ class GeneformerForMaskedLM(GeneformerPreTrainedModel):
         )
 
 
-__all__ = ["GeneformerForMaskedLM", "GeneformerModel", "GeneformerPreTrainedModel"]
+class GeneformerClassifier(GeneformerPreTrainedModel):
+    """What the classifiers share: the encoder, and the vector of a cell."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^cls\.", r"pooler\."]
+
+    def __init__(self, config: GeneformerConfig, add_pooling_layer: bool):
+        super().__init__(config)
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]
+        self.bert = GeneformerModel(config, add_pooling_layer=add_pooling_layer)
+        rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(rate)
+
+    def pooled(
+        self, x: torch.Tensor, attention_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(cells, d) what a classifier of cells sees of the last hidden states."""
+        x = cell_vectors(x, self.config.classifier_pooling, attention_mask, cu_seqlens)
+        return self.dropout(x if self.bert.pooler is None else self.bert.pooler(x))
+
+
+class GeneformerForSequenceClassification(GeneformerClassifier):
+    """Predicts the state of a cell."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+    _bert_class = "BertForSequenceClassification"
+
+    def __init__(self, config: GeneformerConfig):
+        super().__init__(config, add_pooling_layer=config.classifier_pooling == "first")
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        class_weights: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Loss and logits.
+
+        labels              (cells,) class of each cell, -100 where unknown
+        class_weights       (classes,) weight of each class in the loss, of mean 1 over the training cells
+        num_items_in_batch  divides the summed loss in place of the number of labelled cells (gradient accumulation)
+        Returns             logits (cells, classes)
+        The other arguments are those of `GeneformerModel`.
+        """
+        outputs = self.bert(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens, **kwargs)
+        logits = self.classifier(self.pooled(outputs.last_hidden_state, attention_mask, cu_seqlens))
+        loss = None if labels is None else classification_loss(logits, labels, class_weights, num_items_in_batch)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class GeneformerForTokenClassification(GeneformerClassifier):
+    """Predicts the state of each gene in its cell."""
+
+    _auto_class = "AutoModelForTokenClassification"
+    _bert_class = "BertForTokenClassification"
+
+    def __init__(self, config: GeneformerConfig):
+        super().__init__(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        class_weights: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Loss and logits.
+
+        labels   (n, t) class of each gene, -100 where unknown
+        Returns  logits (n, t, classes)
+        The other arguments are those of `GeneformerForSequenceClassification`.
+        """
+        outputs = self.bert(input_ids, attention_mask=attention_mask, **kwargs)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else classification_loss(logits, labels, class_weights, num_items_in_batch)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+@dataclass
+class MultiTaskSequenceClassifierOutput(ModelOutput):
+    """logits: one (cells, labels of the task) for each of `config.tasks`, in their order."""
+
+    loss: torch.Tensor | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class GeneformerForMultiTaskSequenceClassification(GeneformerClassifier):
+    """Predicts several states of a cell at once, with one linear classifier for each task of `config.tasks`."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: GeneformerConfig):
+        if not config.tasks:
+            raise ValueError("Expected config.tasks, e.g. {'cell_type': ['B', 'T'], 'condition': ['ctrl', 'stim']}.")
+        super().__init__(config, add_pooling_layer=config.classifier_pooling == "first")
+        # Not by name: a module's name cannot hold a dot, a column's can.
+        self.classifiers = nn.ModuleList(nn.Linear(config.hidden_size, len(labels)) for labels in config.tasks.values())
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        class_weights: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MultiTaskSequenceClassifierOutput:
+        """Loss and logits.
+
+        labels         (cells, tasks) class of each cell in each task, -100 where unknown
+        class_weights  (tasks, most labels of a task) weights of the classes of each task; what is beyond is not read
+        Returns        loss: the mean over all labelled cells and tasks, each task weighed by `config.task_weights`
+        The other arguments are those of `GeneformerForSequenceClassification`.
+        """
+        outputs = self.bert(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens, **kwargs)
+        pooled = self.pooled(outputs.last_hidden_state, attention_mask, cu_seqlens)
+        logits = tuple(classifier(pooled) for classifier in self.classifiers)
+        loss = None
+        if labels is not None:
+            if labels.shape[-1] != len(logits):
+                raise ValueError(f"Expected labels (cells, {len(logits)}), one column a task; found {labels.shape}.")
+            n = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = pooled.new_zeros((), dtype=torch.float32)
+            for k, (name, of_task) in enumerate(zip(self.config.tasks or {}, logits, strict=True)):
+                weights = None if class_weights is None else class_weights[k, : of_task.shape[-1]]
+                of_task_loss = classification_loss(of_task, labels[:, k], weights, n)
+                loss = loss + (self.config.task_weights or {}).get(name, 1.0) * of_task_loss
+        return MultiTaskSequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "GeneformerForMaskedLM",
+    "GeneformerForMultiTaskSequenceClassification",
+    "GeneformerForSequenceClassification",
+    "GeneformerForTokenClassification",
+    "GeneformerModel",
+    "GeneformerPreTrainedModel",
+]

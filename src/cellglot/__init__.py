@@ -14,6 +14,9 @@ __version__ = "0.1.0"
 _HOME = {
     "GeneformerConfig": "modeling.geneformer",
     "GeneformerForMaskedLM": "modeling.geneformer",
+    "GeneformerForMultiTaskSequenceClassification": "modeling.geneformer",
+    "GeneformerForSequenceClassification": "modeling.geneformer",
+    "GeneformerForTokenClassification": "modeling.geneformer",
     "GeneformerModel": "modeling.geneformer",
     "RankValueTokenizer": "tokenization.rank_value",
     "embed_cells": "embedding",
@@ -22,6 +25,9 @@ _HOME = {
 __all__ = [
     "GeneformerConfig",
     "GeneformerForMaskedLM",
+    "GeneformerForMultiTaskSequenceClassification",
+    "GeneformerForSequenceClassification",
+    "GeneformerForTokenClassification",
     "GeneformerModel",
     "RankValueTokenizer",
     "__version__",
@@ -32,6 +38,11 @@ if TYPE_CHECKING:
     from .embedding import embed_cells as embed_cells
     from .modeling.geneformer import GeneformerConfig as GeneformerConfig
     from .modeling.geneformer import GeneformerForMaskedLM as GeneformerForMaskedLM
+    from .modeling.geneformer import (
+        GeneformerForMultiTaskSequenceClassification as GeneformerForMultiTaskSequenceClassification,
+    )
+    from .modeling.geneformer import GeneformerForSequenceClassification as GeneformerForSequenceClassification
+    from .modeling.geneformer import GeneformerForTokenClassification as GeneformerForTokenClassification
     from .modeling.geneformer import GeneformerModel as GeneformerModel
     from .tokenization.rank_value import RankValueTokenizer as RankValueTokenizer
 

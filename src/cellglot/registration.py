@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 
 class Method(NamedTuple):
-    """What a method registers. `package` is relative to cellglot and lazy; `models` maps Auto class to model class."""
+    """What a method registers. `package` is relative to cellglot and lazy; `models` maps Auto class to model class(es)."""
 
     package: str
     config: str
-    models: dict[str, str]
+    models: dict[str, str | tuple[str, ...]]
     tokenizer: tuple[str, str]
 
 
@@ -28,7 +28,16 @@ METHODS = {
     "geneformer": Method(
         "modeling.geneformer",
         "GeneformerConfig",
-        {"AutoModel": "GeneformerModel", "AutoModelForMaskedLM": "GeneformerForMaskedLM"},
+        {
+            "AutoModel": "GeneformerModel",
+            "AutoModelForMaskedLM": "GeneformerForMaskedLM",
+            # transformers takes the one that the checkpoint's `architectures` names, else the first.
+            "AutoModelForSequenceClassification": (
+                "GeneformerForSequenceClassification",
+                "GeneformerForMultiTaskSequenceClassification",
+            ),
+            "AutoModelForTokenClassification": "GeneformerForTokenClassification",
+        },
         ("tokenization.rank_value", "RankValueTokenizer"),
     ),
 }
