@@ -36,7 +36,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_model(accelerator.unwrap_model(model), str(partial / "model.safetensors"))
+        _save_weights(accelerator.unwrap_model(model), partial / "model.safetensors")
         _save_optimizer(optimizer, partial)
         if accelerator.scaler is not None:
             state = {**state, "scaler": accelerator.scaler.state_dict()}
@@ -63,7 +63,7 @@ def load_checkpoint(accelerator: Any, path: Path, model: torch.nn.Module, optimi
     With another number of processes than wrote it, the random states are left as they are (dropout then differs).
     """
     state = json.loads((path / "state.json").read_text())
-    load_model(accelerator.unwrap_model(model), str(path / "model.safetensors"))
+    _load_weights(accelerator.unwrap_model(model), path / "model.safetensors")
     _load_optimizer(optimizer, path)
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -76,6 +76,27 @@ def remove_partial(folder: Path) -> None:
     """Removes what a killed process left half-written."""
     for path in [*folder.glob(".partial-*"), *folder.glob(".removed-*")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _quantized(model: torch.nn.Module) -> bool:
+    return any(not parameter.is_floating_point() for parameter in model.parameters())
+
+
+def _save_weights(model: torch.nn.Module, path: Path) -> None:
+    if _quantized(model):
+        # Quantized weights do not change and are loaded with the model: only what is trained needs to be kept.
+        trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        save_file(trained, str(path))
+    else:
+        save_model(model, str(path))
+
+
+def _load_weights(model: torch.nn.Module, path: Path) -> None:
+    if _quantized(model):
+        unexpected = model.load_state_dict(load_file(str(path)), strict=False).unexpected_keys
+        assert not unexpected, unexpected
+    else:
+        load_model(model, str(path))
 
 
 def _save_optimizer(optimizer: Any, folder: Path) -> None:

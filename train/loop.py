@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .batches import EpochPlan, MicroBatch, steps_per_epoch
+from .best_weights import BestWeights
 from .checkpoint import list_checkpoints, load_checkpoint, remove_partial, save_checkpoint
 from .config import option, write_run_record
 from .metrics_log import MetricsLog
@@ -56,6 +57,9 @@ class LoopConfig:
     seed: int = option(0, "seed of initialization, data order, masking and dropout")
     log_every: int = option(10, "steps between lines of the progress bar and the trackers")
     eval_every: int = option(0, "steps between validations; 0: only at the end")
+    patience: int = option(
+        0, "validations without a lower loss before training stops; the best weights are kept; 0: no early stopping"
+    )
     save_every: int = option(1000, "steps between checkpoints")
     keep_last: int = option(2, "checkpoints to keep")
     resume: bool = option(False, "goes on from the last checkpoint of the output folder")
@@ -77,8 +81,10 @@ class LoopConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}.")
-        if self.warmup_steps < 0 or self.eval_every < 0:
-            raise ValueError("warmup_steps and eval_every cannot be negative.")
+        if self.warmup_steps < 0 or self.eval_every < 0 or self.patience < 0:
+            raise ValueError("warmup_steps, eval_every and patience cannot be negative.")
+        if self.patience and not self.eval_every:
+            raise ValueError("patience counts validations: set eval_every, the steps between them, too.")
         for name in ("epochs", "max_steps", "cpu_threads"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -98,11 +104,12 @@ class RunError(ValueError):
 
 @dataclass
 class TrainingResult:
-    """How a run ended."""
+    """How a run ended: `metrics` are of the last validation, or of the best with early stopping, at `best_step`."""
 
     step: int
     seconds: float
     metrics: dict[str, float]
+    best_step: int | None = None
 
 
 def make_accelerator(config: LoopConfig) -> Accelerator:
@@ -210,12 +217,15 @@ def train(
     set_seed(config.seed + accelerator.process_index)
 
     log = MetricsLog(output, accelerator, config)
+    best = BestWeights(output, config.patience, accelerator) if config.patience and validate is not None else None
     step, seconds_before = 0, 0.0
     checkpoints = list_checkpoints(output / "checkpoints")
     if config.resume and checkpoints:
         check_same_run(checkpoints[-1], n_steps, config)
         state = load_checkpoint(accelerator, checkpoints[-1], model, optimizer)
         step, seconds_before = state["step"], state["seconds"]
+        if best is not None:
+            best.load_state(state["best"])
         accelerator.print(f"Resuming at step {step:,} of {n_steps:,} from {checkpoints[-1]}")
     if accelerator.is_main_process:
         write_run_record(output / "run.json", config, **(facts or {}))
@@ -236,6 +246,8 @@ def train(
     def save() -> Path:
         log.flush()
         state = {"step": step, "n_steps": n_steps, "seconds": seconds(), "config": dataclasses.asdict(config)}
+        if best is not None:
+            state["best"] = best.state()
         return save_checkpoint(accelerator, output / "checkpoints", model, optimizer, state, config.keep_last)
 
     def run_validation() -> dict[str, float]:
@@ -249,6 +261,8 @@ def train(
         bare.train()
         log.flush()
         log.write(step, figures)
+        if best is not None:
+            best.update(step, figures, bare)
         return figures
 
     interrupt = Interrupt()
@@ -257,7 +271,9 @@ def train(
     model.train()
     bar = tqdm(total=n_steps, initial=step, desc="train", unit="step", disable=not accelerator.is_main_process)
     with interrupt, bar:
-        for batches in _steps(examples, lengths, collate, config, accelerator, step, n_steps):
+        # A run that had stopped early before it was resumed has no steps left.
+        last_step = step if best is not None and best.exhausted else n_steps
+        for batches in _steps(examples, lengths, collate, config, accelerator, step, last_step):
             rate = learning_rate_at(step, n_steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -279,11 +295,18 @@ def train(
                 accelerator.print(f"Stopped at step {step:,}; saved {path}. Go on with the same command and --resume.")
                 close(accelerator, model, optimizer)
                 raise SystemExit(130)
-            if step % config.save_every == 0 or step == n_steps:
+            stopped_early = best is not None and best.exhausted
+            if step % config.save_every == 0 or step == n_steps or stopped_early:
                 save()
-        if validated_at != step:
+            if stopped_early:
+                break
+        if validated_at != step and not (best is not None and best.exhausted):
             metrics = run_validation()
     log.flush()
+    if best is not None:
+        best.restore(accelerator.unwrap_model(model))
+        accelerator.print(f"Best validation at step {best.step:,} of {step:,}; its weights are kept.")
+        return TrainingResult(step, seconds(), best.metrics, best.step)
     return TrainingResult(step, seconds(), metrics)
 
 
@@ -291,9 +314,12 @@ def check_same_run(path: Path, n_steps: int, config: LoopConfig) -> None:
     """Raises RunError unless a checkpoint's run had the same options and number of steps."""
     state = json.loads((path / "state.json").read_text())
     current = json.loads(json.dumps(dataclasses.asdict(config)))
-    changed = [k for k, v in current.items() if k not in FREE_OPTIONS and state["config"].get(k) != v]
+    # Options that are newer than the checkpoint had the value that is now their default.
+    before = {**json.loads(json.dumps(dataclasses.asdict(type(config)()))), **state["config"]}
+    free = FREE_OPTIONS - {"eval_every"} if config.patience else FREE_OPTIONS
+    changed = [k for k, v in current.items() if k not in free and before[k] != v]
     if changed:
-        what = ", ".join(f"{key} was {state['config'].get(key)!r} and is {current[key]!r}" for key in changed[:3])
+        what = ", ".join(f"{key} was {before[key]!r} and is {current[key]!r}" for key in changed[:3])
         raise RunError(f"{path} belongs to a run with other options: {what}. Resume with the same ones.")
     if state["n_steps"] != n_steps:
         raise RunError(

@@ -5,7 +5,6 @@ Three kinds of source: the embedded PBMC corpus, a folder of count files, or tok
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from cellglot.tokenization.rank_value import (
 )
 
 from .config import write_atomically
+from .fingerprint import fingerprint
 
 COUNT_FILES = (".h5ad", ".loom", ".h5")
 
@@ -120,7 +120,7 @@ def find_sources(config: Any) -> tuple[list[CellSource], str, str]:
                 f"{path} holds token ids: pass the vocabulary they are of, --vocabulary TABLE or TOKENIZER."
             )
         return [], path.name, _fingerprint(token_files(path), config)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in COUNT_FILES)
+    files = count_files(path)
     if not files:
         raise ValueError(f"{path} holds neither {', '.join(COUNT_FILES)} with counts nor .parquet with input_ids.")
     return split_files(files, config), f"{len(files)} file(s) of {path.name}", _fingerprint(files, config)
@@ -140,6 +140,11 @@ def token_files(path: Path) -> list[Path]:
 
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     return [file for file in files if file.suffix == ".parquet" and "input_ids" in pq.read_schema(file).names]
+
+
+def count_files(path: Path) -> list[Path]:
+    """The file itself, or all files with counts below a folder, in order of name."""
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in COUNT_FILES)
 
 
 def split_files(files: Sequence[Path], config: Any) -> list[CellSource]:
@@ -263,19 +268,7 @@ def _load(folder: Path, split: str) -> datasets.Dataset:
 
 
 def _fingerprint(files: Sequence[Path], config: Any) -> str:
-    """SHA-256 of names, sizes and both ends of the files, and of the options that decide split and tokens."""
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            digest.update(f"{path.name}:{path.stat().st_size}".encode())
-            digest.update(file.read(1 << 16))
-            file.seek(-min(1 << 16, path.stat().st_size), os.SEEK_END)
-            digest.update(file.read())
-    for table in (config.vocabulary, config.aliases):
-        parts = sorted(Path(table).glob("*.json")) if table and Path(table).is_dir() else [Path(table)] if table else []
-        for part in parts:
-            digest.update(part.read_bytes())
+    """Of the files, and of the options that decide split and tokens."""
     names = ("layout", "max_length", "layer", "gene_ids", "split_by", "validation_fraction")
-    digest.update(json.dumps({name: getattr(config, name) for name in names}, sort_keys=True).encode())
-    digest.update(str(config.seed if config.data else 0).encode())
-    return digest.hexdigest()[:16]
+    facts = {name: getattr(config, name) for name in names} | {"seed": config.seed if config.data else 0}
+    return fingerprint(files, (config.vocabulary, config.aliases), facts)

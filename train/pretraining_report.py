@@ -17,21 +17,18 @@ from cellglot.embedding import embed_tokens
 from cellglot.figures import plot_umap, save_figure, umap_coordinates
 from cellglot.metrics.masked_gene import rank_binned_cross_entropy, unigram_cross_entropy
 from cellglot.metrics.probe import accuracy_with_interval, linear_probe, majority_prediction
-from cellglot.tokenization.count_matrix import open_counts
-from cellglot.tokenization.rank_encoding import TARGET_SUM
 
 from .config import write_atomically
+from .expression_features import log_expression, variable_genes
 from .figures import plot_loss_curve
 from .loop import TrainingResult
 from .metrics_log import read_metrics
 from .model_directory import write_model_directory
 from .pretraining_card import pretraining_card
-from .pretraining_data import CellSource, PretrainingData
+from .pretraining_data import PretrainingData
 
 # Cells of each split that the reference losses, the probe and the UMAP use at the most
 MAX_CELLS = 5_000
-# Genes that the logistic regression on log counts uses at the most: the most variable ones among training cells
-MAX_GENES = 2_000
 
 
 def write_report(
@@ -105,7 +102,9 @@ def labelled_cells(data: PretrainingData, cell_type: str | None) -> LabelledCell
     for i, source in enumerate(data.sources):
         cells = draws["train"][i] | draws["validation"][i]
         if cells.any():
-            ids, counts, obs = _read_cells(source, cells, data.tokenizer)
+            ids = data.tokenizer.encode_anndata(source.source, cells=cells, **source.options)
+            ids = list(ids.with_format("numpy")["input_ids"][:])
+            counts, obs = log_expression(source.source, cells, data.tokenizer, **source.options)
             filled = np.array([len(x) > 0 for x in ids])
             tokens += [x for x in ids if len(x)]
             expression.append(counts[filled])
@@ -142,15 +141,6 @@ def probe_cell_types(
         predicted = linear_probe(x[~test], train_labels, x[test])
         rows.append({"features": name, **accuracy_with_interval(test_labels, predicted)})
     return pd.DataFrame(rows).assign(n_train=int((~test).sum()), n_test=int(test.sum()))
-
-
-def variable_genes(expression: sp.csr_matrix, train: np.ndarray) -> np.ndarray:
-    """(cells, <= MAX_GENES) dense log expression of the genes that vary most among the marked training cells."""
-    chosen = expression[train]
-    mean = np.asarray(chosen.mean(axis=0)).ravel()
-    variance = np.asarray(chosen.multiply(chosen).mean(axis=0)).ravel() - mean**2
-    genes = np.sort(np.argsort(-variance, kind="stable")[:MAX_GENES])
-    return expression[:, genes].toarray()
 
 
 def format_report(report: dict[str, Any], output: Path) -> str:
@@ -193,20 +183,3 @@ def _draw(masks: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]
     chosen = np.zeros(len(joined), dtype=bool)
     chosen[rng.permutation(marked)[:MAX_CELLS]] = True
     return np.split(chosen, np.cumsum([len(mask) for mask in masks])[:-1])
-
-
-def _read_cells(
-    source: CellSource, cells: np.ndarray, tokenizer: Any
-) -> tuple[list[np.ndarray], sp.csr_matrix, pd.DataFrame]:
-    """Tokens, log(1 + counts per 10,000) over the vocabulary, and obs of the marked cells, in file order."""
-    options = source.options
-    encoded = tokenizer.encode_anndata(source.source, cells=cells, **options).with_format("numpy")["input_ids"][:]
-    blocks = []
-    with open_counts(source.source, layer=options.get("layer")) as matrix:
-        # By gene of the vocabulary: files differ in their columns and their order.
-        selector = tokenizer.selector(tokenizer.match_genes(matrix, options.get("gene_ids")))
-        for rows, counts in matrix.blocks(cells):
-            totals = np.maximum(matrix.cell_totals(rows, counts), 1)
-            blocks.append((sp.diags_array(TARGET_SUM / totals) @ (counts @ selector)).log1p())
-        obs = matrix.obs[cells]
-    return list(encoded), sp.csr_matrix(sp.vstack(blocks)), obs

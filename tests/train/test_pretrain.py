@@ -233,10 +233,10 @@ def test_the_default_corpus_is_found_offline():
 def test_the_most_variable_genes_of_training_cells_are_kept(monkeypatch):
     import scipy.sparse as sp
 
-    from cellglot.train import pretraining_report
+    from cellglot.train import expression_features
 
     x = np.random.default_rng(0).normal(size=(30, 5)) * [1, 5, 1, 3, 1]
     x[20:, 0] *= 100  # varies among held-out cells only
-    monkeypatch.setattr(pretraining_report, "MAX_GENES", 2)
-    kept = pretraining_report.variable_genes(sp.csr_matrix(x), np.arange(30) < 20)
+    monkeypatch.setattr(expression_features, "MAX_GENES", 2)
+    kept = expression_features.variable_genes(sp.csr_matrix(x), np.arange(30) < 20)
     np.testing.assert_allclose(kept, x[:, [1, 3]])
