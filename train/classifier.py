@@ -1,0 +1,107 @@
+"""The network that is fine-tuned: loaded or untrained, frozen, quantized, with low-rank adapters; and plain again."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+
+# Modules that low-rank adapters are put beside, as in Hu et al. 2021, "LoRA", section 4.2
+LORA_TARGETS = ["query", "value"]
+# Modules that a pre-trained encoder does not have: trained in full, never quantized
+HEADS = ["bert.pooler", "classifier", "classifiers"]
+
+
+def load_classifier(config: Any, task: Any) -> torch.nn.Module:
+    """The task's classifier on the encoder that `config.model` names, ready to be trained.
+
+    config   a FinetuneConfig
+    Raises   ValueError for options that exclude each other, ImportError with the mend for a missing extra
+    """
+    options = dict(task.model_options())
+    if config.pooling is not None:
+        options["classifier_pooling"] = config.pooling
+    model_class = task.model_class()
+    torch.manual_seed(config.seed)
+    if config.untrained:
+        model_config = model_class.config_class.from_pretrained(config.model)
+        layers = {} if config.num_hidden_layers is None else {"num_hidden_layers": config.num_hidden_layers}
+        model_config = type(model_config).from_dict({**model_config.to_dict(), **options, **layers})
+        model = model_class(model_config)
+    else:
+        model = model_class.from_pretrained(config.model, **options, **_quantization(config.quantize))
+    freeze_layers(model, config.freeze)
+    if config.lora_rank:
+        model = _with_adapters(model, config)
+    return model
+
+
+def freeze_layers(model: Any, n_layers: int) -> None:
+    """Keeps the embeddings and the first n layers as they are; 0 freezes nothing.
+
+    Raises  ValueError for more layers than there are
+    """
+    encoder = model.bert
+    if n_layers > len(encoder.encoder.layer):
+        raise ValueError(f"Cannot freeze {n_layers} layers of {len(encoder.encoder.layer)}: lower --freeze.")
+    if n_layers:
+        for module in (encoder.embeddings, *encoder.encoder.layer[:n_layers]):
+            module.requires_grad_(False)
+
+
+def plain_model(model: Any, config: Any, task: Any) -> Any:
+    """The trained model without adapters: they are added into the weights, in full precision."""
+    if not config.lora_rank:
+        return model
+    if config.quantize == "no":
+        return model.merge_and_unload()
+    # Merged into full-precision weights, since rounding the sum anew would change it.
+    trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    full = load_classifier(dataclasses.replace(config, quantize="no"), task)
+    unexpected = full.load_state_dict(trained, strict=False).unexpected_keys
+    assert not unexpected, unexpected
+    return full.merge_and_unload()  # type: ignore[operator]
+
+
+def _quantization(kind: str) -> dict[str, Any]:
+    if kind == "no":
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'--quantize {kind} needs bitsandbytes: pip install "cellglot[quantize]"') from error
+    from transformers import BitsAndBytesConfig
+
+    if kind == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)}
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32 if not torch.cuda.is_available() else torch.bfloat16,
+        llm_int8_skip_modules=HEADS,
+    )
+    return {"quantization_config": four_bit}
+
+
+def _with_adapters(model: Any, config: Any) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError('--lora_rank needs peft: pip install "cellglot[lora]"') from error
+    # peft freezes all but what it adds, and takes single layers only.
+    heads = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith(tuple(HEADS))
+    ]
+    adapters = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_dropout=config.lora_dropout,
+        target_modules=LORA_TARGETS,
+        modules_to_save=heads,
+    )
+    with warnings.catch_warnings():
+        # peft asks transformers for an attribute by its old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        return get_peft_model(model, adapters)

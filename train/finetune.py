@@ -1,0 +1,246 @@
+"""Fine-tunes a Geneformer to tell cell states or gene states, and says what that is worth beside simple baselines.
+
+    accelerate launch train/finetune.py --recipe train/recipes/finetune_pbmc.yaml
+    accelerate launch train/finetune.py --model DIR --data cells.h5ad --labels cell_type --split_by donor --folds 5
+    accelerate launch train/finetune.py --model DIR --data cells.h5ad --labels cell_type disease
+    accelerate launch train/finetune.py --model DIR --data cells.h5ad --gene_labels dosage.tsv --folds 5
+
+Leaves in the output folder: `model/` (a complete model directory with `id2label`; with k folds, one in each `fold-*/`),
+`metrics.json`, `predictions.csv`, confusion matrix, ROC and loss figures, `run.json`, `metrics.jsonl`, `checkpoints/`.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers.utils import logging as transformers_logging
+
+from cellglot.loading import find_tokenizer
+from cellglot.modeling.geneformer import GeneformerConfig
+from cellglot.train.config import option, parse_config
+from cellglot.train.finetuning_data import UNLABELLED, load_cells, read_gene_labels
+from cellglot.train.finetuning_report import report_run
+from cellglot.train.finetuning_run import train_and_test
+from cellglot.train.finetuning_tasks import CellTask, GeneTask, Task
+from cellglot.train.hyperparameter_search import search
+from cellglot.train.loop import LoopConfig, RunError, close, make_accelerator, prepare_output
+from cellglot.train.splits import Split, check_split, held_out, k_folds
+
+
+@dataclass
+class FinetuneConfig(LoopConfig):
+    """Options of fine-tuning. Defaults are the paper's (Methods, "Geneformer fine-tuning") where it states them."""
+
+    model: str = option("runs/geneformer-pbmc/model", "folder or repository of the model to start from")
+    tokenizer: str | None = option(None, "folder of its tokenizer; absent: the model's")
+    data: str | None = option(None, "count file or folder of them, or tokens (.parquet); absent: the embedded PBMCs")
+    labels: list[str] = option(["cell_type"], "column(s) of obs to predict for cells; several make a multi-task model")
+    gene_labels: str | None = option(None, "table of gene_id, label: predicts the state of genes in place of cells")
+    layer: str | None = option(None, "layer with the raw counts, or raw; absent: X")
+    gene_ids: str | None = option(None, "column of var with gene ids; absent: found")
+    max_length: int | None = option(None, "tokens of a cell at the most; absent: the model's context")
+    max_cells: int | None = option(None, "cells to use at the most, drawn at random")
+    min_per_class: int = option(0, "labels with fewer cells (or genes) are left out")
+    split_by: str | None = option(None, "column of obs whose groups are never split, e.g. donor or batch")
+    test_groups: list[str] = option([], "groups of split_by to test on; absent: drawn")
+    test_fraction: float = option(0.2, "share to test on, where neither folds nor test_groups are given; 0: none")
+    validation_fraction: float = option(0.1, "share of the rest for early stopping, search or eval_every, if any is on")
+    folds: int = option(0, "k-fold cross-validation over cells, groups of split_by, or genes; 0: one split")
+    untrained: bool = option(False, "starts from random weights of the model's sizes: what did pre-training bring?")
+    num_hidden_layers: int | None = option(None, "layers of an untrained network, in place of the model's")
+    pooling: Literal["first", "mean"] | None = option(
+        None, "what a cell's classifier sees: BERT's pooler of the first token, or the mean; absent: the model's own"
+    )
+    freeze: int = option(0, "first layers (and the embeddings) to keep as they are")
+    class_weights: Literal["none", "balanced"] = option("none", "balanced: rare classes weigh more in the loss")
+    lora_rank: int = option(0, "rank of low-rank adapters, trained in place of the weights; 0: none")
+    lora_alpha: int | None = option(None, "scale of the adapters; absent: twice the rank")
+    lora_dropout: float = option(0.0, "dropout before the adapters")
+    quantize: Literal["no", "8bit", "4bit"] = option("no", "loads the frozen weights in 8 or 4 bits, beneath adapters")
+    search_trials: int = option(0, "trials of a search for learning rate, warm-up, weight decay and frozen layers")
+    baselines: bool = option(True, "fits logistic regression, linear SVM and random forest on the same split")
+    output: str = option("runs/geneformer-finetuned", "folder of the run")
+    epochs: float = option(1.0, "passes over the training examples")
+    batch_size: int = option(12, "cells of an optimizer step, over all processes")
+    learning_rate: float = option(5e-5, "maximum learning rate")
+    warmup_steps: float = option(500, "steps of linear warm-up; below 1, a share of all steps")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.test_fraction < 1 or not 0 < self.validation_fraction < 1:
+            raise ValueError("test_fraction and validation_fraction must lie between 0 and 1.")
+        if self.folds == 1 or self.folds < 0:
+            raise ValueError("folds must be 0 (one split) or 2 and more.")
+        for name in ("freeze", "lora_rank", "search_trials", "min_per_class"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} cannot be negative.")
+        for name in ("max_cells", "max_length", "num_hidden_layers"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, found {value}.")
+        if not self.labels and not self.gene_labels:
+            raise ValueError("Nothing to predict: pass --labels COLUMN or --gene_labels FILE.")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels names a column twice: {', '.join(self.labels)}.")
+        together = [
+            (bool(self.test_groups) and not self.split_by, "test_groups needs split_by, the column they are values of"),
+            (bool(self.test_groups) and self.folds > 0, "test_groups and folds exclude each other"),
+            (bool(self.gene_labels) and bool(self.split_by), "split_by is for cells; gene labels are split by gene"),
+            (bool(self.gene_labels) and self.pooling is not None, "pooling is for cells, not for gene_labels"),
+            (self.quantize != "no" and not self.lora_rank, "quantized weights cannot be trained: add --lora_rank 8"),
+            (
+                self.untrained and bool(self.quantize != "no" or self.lora_rank),
+                "an untrained network has to be trained",
+            ),
+            (self.num_hidden_layers is not None and not self.untrained, "num_hidden_layers needs untrained"),
+            (self.search_trials > 0 and self.folds > 0, "search_trials and folds exclude each other"),
+            (self.lora_rank > 0 and self.freeze > 0, "adapters keep all weights as they are: freeze adds nothing"),
+        ]
+        for wrong, message in together:
+            if wrong:
+                raise ValueError(f"{message}.")
+
+    @property
+    def validates(self) -> bool:
+        """Whether a part of the training items is put aside to validate on."""
+        return bool(self.patience or self.search_trials or self.eval_every)
+
+
+def make_task(config: FinetuneConfig, folder: Path, *, is_main_process: bool) -> tuple[Task, Any]:
+    """The task that the options describe, and its tokenizer.
+
+    Raises  ValueError or OSError for data, labels or a model that do not fit
+    """
+    tokenizer = find_tokenizer(config.tokenizer or config.model)
+    model_config = GeneformerConfig.from_pretrained(config.model)
+    if len(tokenizer) != model_config.vocab_size:
+        raise ValueError(
+            f"{config.model} knows {model_config.vocab_size:,} tokens, its tokenizer {len(tokenizer):,}: they do not "
+            "belong together. Pass --tokenizer with the one that the model was trained with."
+        )
+    columns = [] if config.gene_labels else list(config.labels)
+    cells = load_cells(
+        config.data,
+        folder,
+        tokenizer,
+        columns=list(dict.fromkeys([*columns, *([config.split_by] if config.split_by else [])])),
+        max_length=min(
+            config.max_length or tokenizer.model_max_length,
+            tokenizer.model_max_length,
+            model_config.max_position_embeddings,
+        ),
+        layer=config.layer,
+        gene_ids=config.gene_ids,
+        is_main_process=is_main_process,
+    )
+    kept = np.ones(len(cells.obs), dtype=bool)
+    if columns:
+        kept &= (cells.obs[columns] != UNLABELLED).any(axis=1).to_numpy()
+        for name in columns:
+            counts = cells.obs[name].value_counts()
+            rare = cells.obs[name].isin(counts.index[counts < config.min_per_class])
+            cells.obs.loc[rare.to_numpy(), name] = UNLABELLED
+        kept &= (cells.obs[columns] != UNLABELLED).any(axis=1).to_numpy()
+    if config.split_by:
+        kept &= (cells.obs[config.split_by] != UNLABELLED).to_numpy()
+    if config.max_cells is not None:
+        drawn = np.random.default_rng(config.seed).permutation(np.flatnonzero(kept))[: config.max_cells]
+        kept = np.isin(np.arange(len(kept)), drawn)
+    if is_main_process and not kept.all():
+        print(f"{(~kept).sum():,} of {len(kept):,} cells are left out: no label, no group, or beyond --max_cells")
+    cells = cells.select(kept)
+    if not config.gene_labels:
+        return CellTask(cells, columns), tokenizer
+    genes = read_gene_labels(config.gene_labels, tokenizer)
+    return GeneTask(cells, genes, Path(config.gene_labels).stem, model_config.vocab_size), tokenizer
+
+
+def make_splits(config: FinetuneConfig, task: Task) -> list[Split]:
+    """Training, validation and test items of each fold, or of the one split.
+
+    Raises  ValueError for a split that leaves a label without training items, or a group that is not there
+    """
+    name = next(iter(task.classes))
+    labels = task.labels(name)
+    labelled: Any = np.stack([task.labels(n) != UNLABELLED for n in task.classes]).any(axis=0)
+    groups, prepared = None, None
+    if isinstance(task, CellTask):
+        prepared = task.cells.held_out
+        groups = task.cells.obs[config.split_by].to_numpy(dtype=str) if config.split_by else None
+    if config.folds:
+        index = np.flatnonzero(labelled)
+        folds = k_folds(labels[index], config.folds, groups=None if groups is None else groups[index], seed=config.seed)
+        tests = []
+        for fold in folds:
+            tests.append(np.zeros(len(labels), dtype=bool))
+            tests[-1][index[fold]] = True
+    elif config.test_groups:
+        assert groups is not None
+        unknown = [group for group in config.test_groups if group not in set(groups)]
+        if unknown:
+            raise ValueError(
+                f"No cell of the data has {config.split_by} {unknown[0]!r}; there are "
+                f"{', '.join(sorted(set(groups))[:8])}."
+            )
+        tests = [labelled & np.isin(groups, config.test_groups)]
+    elif prepared is not None and groups is None and config.test_fraction:
+        # The part of the embedded corpus that pre-training has not seen either
+        tests = [labelled & prepared]
+    else:
+        tests = [held_out(labels, config.test_fraction, groups=groups, among=labelled, seed=config.seed)]
+    splits = []
+    for i, test in enumerate(tests):
+        rest = labelled & ~test
+        validation = np.zeros_like(test)
+        if config.validates:
+            whole_groups = groups if groups is not None and len(set(groups[rest])) > 1 else None
+            validation = held_out(
+                labels, config.validation_fraction, groups=whole_groups, among=rest, seed=config.seed + i
+            )
+        splits.append(Split(rest & ~validation, validation, test))
+        for label in task.classes:
+            known = task.labels(label) != UNLABELLED
+            parts = (splits[-1].train & known, splits[-1].validation & known, test & known)
+            check_split(Split(*parts), task.labels(label), f"fold {i} of {label!r}" if config.folds else repr(label))
+    return splits
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(FinetuneConfig, argv, description=__doc__)
+    # Its report of newly initialized classifiers is what fine-tuning is about.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        accelerator = make_accelerator(config)
+        if config.search_trials and accelerator.num_processes > 1:
+            raise ValueError(
+                "search_trials runs on one process: start it without others, then train with what it finds"
+            )
+        output = prepare_output(config, accelerator)
+        try:
+            task, tokenizer = make_task(config, output / "data", is_main_process=accelerator.is_main_process)
+            splits = make_splits(config, task)
+        except BaseException:
+            if accelerator.is_main_process and not any(output.glob("**/checkpoints")):
+                (output / "run.json").unlink(missing_ok=True)
+            raise
+        if config.search_trials:
+            config = search(config, task, tokenizer, splits[0], accelerator)
+        results = []
+        for i, split in enumerate(splits):
+            run = config if not config.folds else dataclasses.replace(config, output=str(output / f"fold-{i}"))
+            results.append(
+                train_and_test(run, task, tokenizer, split, accelerator, name=f"fold {i}" if config.folds else "")
+            )
+    except (ValueError, OSError, ImportError, RunError, FloatingPointError) as error:
+        sys.exit(f"finetune.py: {error}")
+    if accelerator.is_main_process:
+        report_run(results, task, config, output)
+    close(accelerator)
+
+
+if __name__ == "__main__":
+    main()
