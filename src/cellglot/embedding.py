@@ -4,7 +4,8 @@ Source: Theodoris et al., Nature 2023, Methods, "Geneformer cell embeddings": th
 better than the last, which is closest to the pre-training objective.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,17 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .tokenization.count_matrix import open_counts
-
-# Padded tokens of one forward pass at the most
-MAX_TOKENS = 16_384
+from .cell_stream import (
+    MAX_TOKENS,
+    annotated_copy,
+    check_model,
+    encoded_blocks,
+    evaluating,
+    is_path,
+    open_every_cell,
+    padded_batches,
+)
+from .embedding_files import embedding_writer
 
 
 def embed_cells(
@@ -25,47 +33,66 @@ def embed_cells(
     *,
     layer: int = -1,
     pooling: Literal["mean", "cls"] = "mean",
+    output: str | os.PathLike | None = None,
+    key: str = "X_geneformer",
+    overwrite: bool = False,
     counts_layer: str | None = None,
     max_tokens: int = MAX_TOKENS,
     progress: bool = True,
     **encode_options: Any,
 ) -> Any:
-    """Cell embeddings of an AnnData or a file.
+    """Cell embeddings of an AnnData or a file, computed block by block.
 
+    adata_or_path   AnnData (in memory or backed), or path of an `.h5ad`, `.loom`, 10x `.h5` or 10x `.mtx` folder
     model           a GeneformerModel, or a Geneformer with a head; runs where its weights are
     layer           -1 second-to-last (as in the paper), 0 last; -2, -3 ... further down
     pooling         "mean" over the gene tokens, or "cls" (V2 layout)
+    output          file to stream the embeddings to, so that memory stays bounded by the block: a `.parquet` (columns
+                    cell and `key`), or an `.h5ad`, a copy of the `.h5ad` in with obsm[key]; the same path writes into
+                    it. Files are written aside and renamed when complete
+    key             name in obsm, and of the column in Parquet
+    overwrite       replaces an output file, or an obsm[key] in it, that is there already
     counts_layer    None for X, "raw" for `raw`, else the name of the layer with raw counts
     max_tokens      padded tokens of one forward pass
-    encode_options  further ones of `RankValueTokenizer.encode_anndata`
-    Returns         an AnnData: a copy with obsm["X_geneformer"], (cells, width) float32; a path: that array.
-                    A cell without a gene of the vocabulary gets NaN.
-    Raises          ValueError for a layer that is not there, or "cls" without such a token
+    encode_options  further ones of `RankValueTokenizer.iter_encoded`, e.g. cells_per_block; max_length is by default
+                    what both tokenizer and model can read
+    Returns         an AnnData: a copy with obsm[key], (cells, width) float32; a path: that array; with `output`: its
+                    path. A cell without a gene of the vocabulary gets NaN.
+    Raises          ValueError for a layer that is not there, "cls" without such a token, a model or tokenizer that do
+                    not fit; FileExistsError for an output that is there
     """
-    if encode_options.get("empty_cells", "keep") != "keep" or encode_options.get("cells") is not None:
-        raise ValueError("Embeddings are one row a cell: select cells before, not with empty_cells= or cells=.")
-    with open_counts(adata_or_path, layer=counts_layer) as matrix:
-        n_cells = matrix.n_cells
-    encoded = tokenizer.encode_anndata(adata_or_path, layer=counts_layer, **encode_options)
-    if len(encoded) != n_cells:
-        raise ValueError(f"obs['filter_pass'] selects {len(encoded):,} of {n_cells:,} cells: subset them first.")
-    embeddings = embed_tokens(
-        encoded.with_format("numpy")["input_ids"][:],
-        model,
-        tokenizer,
-        layer=layer,
-        pooling=pooling,
-        max_tokens=max_tokens,
-        progress=progress,
-    )
-    if isinstance(adata_or_path, str | Path):
+    encoder = check_model(model, tokenizer)
+    width = encoder.config.hidden_size
+    n_layers = layers_to_run(encoder, layer)
+    _check_pooling(pooling, tokenizer)
+
+    def embedded_blocks(matrix: Any) -> Iterator[np.ndarray]:
+        with tqdm(total=matrix.n_cells, desc="embed", unit="cell", disable=not progress) as bar:
+            for cells in encoded_blocks(matrix, encoder, tokenizer, encode_options):
+                yield _embed(cells, encoder, tokenizer, n_layers, pooling, max_tokens, bar)
+
+    opened = open_every_cell(adata_or_path, counts_layer, encode_options)
+    if output is not None:
+        source = Path(adata_or_path) if is_path(adata_or_path) else None
+        with embedding_writer(Path(output), source, key, width, overwrite) as write, opened as matrix:
+            start = 0
+            for rows in embedded_blocks(matrix):
+                write(matrix.obs.index[start : start + len(rows)], rows)
+                start += len(rows)
+        return Path(output)
+    with opened as matrix:
+        embeddings = np.empty((matrix.n_cells, width), dtype=np.float32)
+        start = 0
+        for rows in embedded_blocks(matrix):
+            embeddings[start : start + len(rows)] = rows
+            start += len(rows)
+    if is_path(adata_or_path):
         return embeddings
-    annotated = adata_or_path.copy()
-    annotated.obsm["X_geneformer"] = embeddings
+    annotated = annotated_copy(adata_or_path)
+    annotated.obsm[key] = embeddings
     return annotated
 
 
-@torch.inference_mode()
 def embed_tokens(
     cells: Sequence[np.ndarray],
     model: Any,
@@ -77,45 +104,56 @@ def embed_tokens(
     progress: bool = False,
 ) -> np.ndarray:
     """Embeddings of tokenized cells, (cells, width) float32, in the order given. Arguments as of `embed_cells`."""
-    encoder = getattr(model, model.base_model_prefix, model)
+    encoder = check_model(model, tokenizer)
+    n_layers = layers_to_run(encoder, layer)
+    _check_pooling(pooling, tokenizer)
+    with tqdm(total=len(cells), desc="embed", unit="cell", disable=not progress) as bar:
+        return _embed(cells, encoder, tokenizer, n_layers, pooling, max_tokens, bar)
+
+
+def layers_to_run(encoder: Any, layer: int) -> int:
+    """Number of the encoder's first layers whose output is `layer`.
+
+    Raises  ValueError for a layer that is not there
+    """
     n_layers = encoder.config.num_hidden_layers + layer
     if layer > 0 or n_layers < 0:
         raise ValueError(f"Expected layer 0 (last) to {-encoder.config.num_hidden_layers} (input), found {layer}.")
+    return n_layers
+
+
+def _check_pooling(pooling: str, tokenizer: Any) -> None:
+    if pooling not in ("mean", "cls"):
+        raise ValueError(f"Expected pooling 'mean' or 'cls', found {pooling!r}.")
     if pooling == "cls" and tokenizer.cls_token_id is None:
         raise ValueError("This tokenizer's layout has no <cls>; use pooling='mean'.")
-    device = next(encoder.parameters()).device
-    lengths = np.array([len(cell) for cell in cells])
+
+
+@torch.inference_mode()
+def _embed(
+    cells: Sequence[np.ndarray],
+    encoder: Any,
+    tokenizer: Any,
+    n_layers: int,
+    pooling: str,
+    max_tokens: int,
+    bar: Any,
+) -> np.ndarray:
+    """(cells, width) float32; NaN for a cell without tokens."""
     out = np.full((len(cells), encoder.config.hidden_size), np.nan, dtype=np.float32)
-    was_training = encoder.training
-    encoder.eval()
-    with tqdm(total=len(cells), desc="embed", unit="cell", disable=not progress) as bar:
-        bar.update(int((lengths == 0).sum()))
-        for chosen in _length_sorted_batches(lengths, max_tokens):
-            ids = np.full((len(chosen), lengths[chosen[0]]), tokenizer.pad_token_id, dtype=np.int64)
-            for row, cell in zip(ids, chosen, strict=True):
-                row[: lengths[cell]] = cells[cell]
-            input_ids = torch.from_numpy(ids).to(device)
-            mask = (input_ids != tokenizer.pad_token_id).long()
+    first_gene = int(tokenizer.gene_token_ids[0])
+    n_done = 0
+    with evaluating(encoder) as device:
+        for chosen, input_ids, mask in padded_batches(cells, tokenizer, max_tokens, device):
             # Layers above the one asked for would be computed only to be thrown away.
             x = encoder(input_ids, attention_mask=mask, num_layers=n_layers).last_hidden_state.float()
             if pooling == "cls":
                 pooled = x[:, 0]
             else:
-                genes = (input_ids >= int(tokenizer.gene_token_ids[0])).unsqueeze(-1)
+                genes = (input_ids >= first_gene).unsqueeze(-1)
                 pooled = (x * genes).sum(dim=1) / genes.sum(dim=1)
             out[chosen] = pooled.cpu().numpy()
+            n_done += len(chosen)
             bar.update(len(chosen))
-    encoder.train(was_training)
+    bar.update(len(cells) - n_done)
     return out
-
-
-def _length_sorted_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Non-empty cells, longest first, in batches of at most max_tokens padded tokens (or of one cell)."""
-    order = np.argsort(-lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    batches, start = [], 0
-    while start < len(order):
-        stop = start + max(max_tokens // int(lengths[order[start]]), 1)
-        batches.append(order[start:stop])
-        start = stop
-    return batches

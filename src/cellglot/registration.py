@@ -1,4 +1,4 @@
-"""Registers cellglot's classes with transformers' Auto classes.
+"""Registers cellglot's classes with transformers' Auto classes, and its pipelines with `pipeline`.
 
 transformers has no entry points: a class is known only once somebody registers it, which needs the class and with it
 torch (three seconds). So that `import cellglot` stays cheap, each Auto module is filled in right after somebody imports
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 
 class Method(NamedTuple):
-    """What a method registers. `package` is relative to cellglot and lazy; `models` maps Auto class to model class(es)."""
+    """What a method registers. `package` is relative to cellglot and lazy; `models` maps Auto class to model class."""
 
     package: str
     config: str
@@ -40,6 +40,12 @@ METHODS = {
         },
         ("tokenization.rank_value", "RankValueTokenizer"),
     ),
+}
+
+# Task -> its pipeline in `pipelines`, and what loads its model in `loading`
+PIPELINES = {
+    "cell-embedding": ("CellEmbeddingPipeline", "EncoderLoader"),
+    "cell-classification": ("CellClassificationPipeline", "ClassifierLoader"),
 }
 
 
@@ -69,6 +75,17 @@ def _register_tokenizers(tokenization_auto: Any) -> None:
         module, name = method.tokenizer
         tokenizer = getattr(_module(module), name)
         tokenization_auto.AutoTokenizer.register(config, fast_tokenizer_class=tokenizer, exist_ok=True)
+
+
+def _register_pipelines(pipelines: Any) -> None:
+    for task, (class_name, loader_name) in PIPELINES.items():
+        # `register_pipeline` would need the class itself, and make a saved pipeline carry code along that needs the
+        # rest of cellglot. This is the table it writes to, and how transformers registers its own.
+        pipelines.PIPELINE_REGISTRY.supported_tasks[task] = {
+            "impl": f"{__package__}.pipelines.{class_name}",
+            "pt": (getattr(_module("loading"), loader_name),),
+            "type": "cells",
+        }
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -101,6 +118,7 @@ def _register_when_imported() -> None:
         f"{auto}.configuration_auto": _register_configs,
         f"{auto}.modeling_auto": _register_models,
         f"{auto}.tokenization_auto": _register_tokenizers,
+        "transformers.pipelines": _register_pipelines,
     }
     for name in list(callbacks):
         if name in sys.modules:
