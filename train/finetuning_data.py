@@ -144,7 +144,9 @@ def read_gene_labels(path: str, tokenizer: Any) -> LabelledGeneList:
     Genes outside the vocabulary, and genes with two different labels, are left out and counted on the screen.
     Raises  ValueError for a table without two columns, no gene in the vocabulary, or fewer than two labels
     """
-    table = pd.read_csv(path, sep=None, engine="python", dtype=str, keep_default_na=False)
+    with open(path, encoding="utf-8") as file:
+        separator = "\t" if "\t" in file.readline() else ","
+    table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
     if table.shape[1] < 2:
         raise ValueError(f"{path}: expected columns gene_id and label, found {', '.join(table.columns)}.")
     gene = table["gene_id"] if "gene_id" in table else table.iloc[:, 0]

@@ -1,5 +1,6 @@
 """One split: train, test, measure beside baselines, write the model directory. What is done is not done again."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from .classifier import load_classifier, plain_model
 from .config import write_atomically
 from .finetuning_data import UNLABELLED
 from .finetuning_tasks import Task
-from .loop import mean_loss, train
+from .loop import check_same_options, mean_loss, train
 from .splits import Split
 
 
@@ -48,6 +49,7 @@ def train_and_test(
     record, table = folder / "result.json", folder / "test_predictions.csv"
     if config.resume and record.exists():
         content = json.loads(record.read_text())
+        check_same_options(record, content["config"], config)
         return SplitResult(name, folder, pd.read_csv(table), content["metrics"], content["facts"])
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,10 @@ def train_and_test(
         partial = table.with_suffix(".tmp")
         predictions.to_csv(partial, index=False)
         partial.replace(table)
-        write_atomically(record, json.dumps({"metrics": metrics, "facts": facts}, indent=2) + "\n")
+        write_atomically(
+            record,
+            json.dumps({"metrics": metrics, "facts": facts, "config": dataclasses.asdict(config)}, indent=2) + "\n",
+        )
     accelerator.free_memory()
     return SplitResult(name, folder, predictions, metrics, facts)
 

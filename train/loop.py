@@ -313,18 +313,23 @@ def train(
 def check_same_run(path: Path, n_steps: int, config: LoopConfig) -> None:
     """Raises RunError unless a checkpoint's run had the same options and number of steps."""
     state = json.loads((path / "state.json").read_text())
+    check_same_options(path, state["config"], config)
+    if state["n_steps"] != n_steps:
+        raise RunError(
+            f"{path} belongs to a run of {state['n_steps']:,} steps, this one has {n_steps:,}: the data have changed."
+        )
+
+
+def check_same_options(path: Path, before: dict[str, Any], config: LoopConfig) -> None:
+    """Raises RunError if options that the losses depend on differ from those that something on disk was made with."""
     current = json.loads(json.dumps(dataclasses.asdict(config)))
-    # Options that are newer than the checkpoint had the value that is now their default.
-    before = {**json.loads(json.dumps(dataclasses.asdict(type(config)()))), **state["config"]}
+    # Options that are newer than what is on disk had the value that is now their default.
+    before = {**json.loads(json.dumps(dataclasses.asdict(type(config)()))), **before}
     free = FREE_OPTIONS - {"eval_every"} if config.patience else FREE_OPTIONS
     changed = [k for k, v in current.items() if k not in free and before[k] != v]
     if changed:
         what = ", ".join(f"{key} was {before[key]!r} and is {current[key]!r}" for key in changed[:3])
         raise RunError(f"{path} belongs to a run with other options: {what}. Resume with the same ones.")
-    if state["n_steps"] != n_steps:
-        raise RunError(
-            f"{path} belongs to a run of {state['n_steps']:,} steps, this one has {n_steps:,}: the data have changed."
-        )
 
 
 def close(accelerator: Accelerator, *prepared: Any) -> None:
