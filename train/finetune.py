@@ -36,7 +36,7 @@ class FinetuneConfig(LoopConfig):
 
     model: str = option("runs/geneformer-pbmc/model", "folder or repository of the model to start from")
     tokenizer: str | None = option(None, "folder of its tokenizer; absent: the model's")
-    data: str | None = option(None, "count file or folder of them, or tokens (.parquet); absent: the embedded PBMCs")
+    data: str | None = option(None, "count file or folder of them; absent: the embedded PBMCs")
     labels: list[str] = option(["cell_type"], "column(s) of obs to predict for cells; several make a multi-task model")
     gene_labels: str | None = option(None, "table of gene_id, label: predicts the state of genes in place of cells")
     layer: str | None = option(None, "layer with the raw counts, or raw; absent: X")

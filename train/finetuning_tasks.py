@@ -100,8 +100,7 @@ class CellTask:
     def model_options(self) -> dict[str, Any]:
         if len(self.columns) > 1:
             return {"tasks": self.classes}
-        names = self.classes[self.columns[0]]
-        return {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
+        return _one_label(self.columns[0], self.classes[self.columns[0]])
 
     def _of_model(self, numbers: np.ndarray) -> np.ndarray:
         return numbers if len(self.columns) > 1 else numbers[..., 0]
@@ -180,8 +179,7 @@ class GeneTask:
         return GeneformerForTokenClassification
 
     def model_options(self) -> dict[str, Any]:
-        names = self.classes[self.name]
-        return {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
+        return _one_label(self.name, self.classes[self.name])
 
     def examples(self, items: np.ndarray) -> tuple[Any, np.ndarray]:
         label_of_token = np.full(self.vocabulary_size, IGNORED_LABEL, dtype=np.int64)
@@ -226,6 +224,12 @@ class GeneTask:
         ]
         x = sp.csr_matrix(sp.vstack(blocks)).toarray().T
         return x[train], x[test]
+
+
+def _one_label(name: str, classes: list[str]) -> dict[str, Any]:
+    """Options of the configuration of a classifier of one label."""
+    numbers = {label: i for i, label in enumerate(classes)}
+    return {"id2label": dict(enumerate(classes)), "label2id": numbers, "label_name": name}
 
 
 def _log_expression(source: Any, positions: np.ndarray, tokenizer: Any, options: dict[str, Any]) -> sp.csr_matrix:

@@ -91,6 +91,8 @@ class GeneformerConfig(PreTrainedConfig):
     # What stands for a cell before a classifier: BERT's pooler of the first token, as in the original's checkpoints
     # (<cls> in V2, in V1 the highest-ranked gene), or the mean over all tokens
     classifier_pooling: Literal["first", "mean"] = "first"
+    # What a classifier's labels are of, e.g. the column "cell_type"
+    label_name: str | None = None
     # Multi-task classification: labels of each task (kept in order of name), and how much its loss counts (1 if absent)
     tasks: dict[str, list[str]] | None = None
     task_weights: dict[str, float | int] | None = None

@@ -332,7 +332,15 @@ class GeneformerPreTrainedModel(PreTrainedModel):
         path = Path(path)
         if path.exists() and any(path.iterdir()):
             raise FileExistsError(f"{path} is not empty: choose another folder.")
-        left_out = {"auto_map", "classifier_pooling", "tasks", "task_weights", "model_type", "transformers_version"}
+        left_out = {
+            "auto_map",
+            "classifier_pooling",
+            "label_name",
+            "tasks",
+            "task_weights",
+            "model_type",
+            "transformers_version",
+        }
         options = {key: value for key, value in config.to_dict().items() if key not in left_out}
         bert_config = transformers.BertConfig(**options)
         with torch.device("meta"):

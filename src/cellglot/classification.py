@@ -36,8 +36,8 @@ def classify_cells(
 
     adata_or_path   as of `embed_cells`
     model           GeneformerForSequenceClassification, or ...ForMultiTaskSequenceClassification
-    names           what each task is called in the result; by default those of `config.tasks`, or "label" for the only
-                    task of a GeneformerForSequenceClassification
+    names           what each task is called in the result; by default those of `config.tasks`, or `config.label_name`
+                    ("label" if it has none) for the only task of a GeneformerForSequenceClassification
     probabilities   gives the probability of every label too
     counts_layer    None for X, "raw" for `raw`, else the name of the layer with raw counts
     max_tokens      padded tokens of one forward pass
@@ -116,7 +116,7 @@ def task_labels(model: Any, names: str | Sequence[str] | None = None) -> dict[st
         default = list(config.tasks)
     else:
         labels = [[str(config.id2label[i]) for i in range(config.num_labels)]]
-        default = ["label"]
+        default = [config.label_name or "label"]
     if len(labels[0]) < 2:
         raise ValueError(f"This classifier has the label {examples(labels[0])} only, which tells no cells apart.")
     chosen = default if names is None else [names] if isinstance(names, str) else [str(name) for name in names]

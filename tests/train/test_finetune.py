@@ -90,6 +90,7 @@ def test_cell_types_are_learned_and_everything_is_left_behind(files, tmp_path, c
     assert accuracy == pytest.approx(models["this model"]["accuracy"])
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert model.config.id2label == {0: "B", 1: "NK", 2: "T"}
+    assert model.config.label_name == "cell_type"
     # The saved model says of the tested cells what the table says.
     cells = synthetic_cells(150, N_GENES)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
