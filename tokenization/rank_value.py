@@ -491,7 +491,8 @@ def _read_table(source: Any, columns: Sequence[str]) -> Any:
         with open_text(path, "rt", encoding="utf-8") as file:
             separator = "\t" if "\t" in file.readline() else ","
         # A gene may be called NA: only an empty field is missing.
-        table = pd.read_csv(path, sep=separator, keep_default_na=False, na_values=[""])
+        # pandas' default parser may be off by the last bit of a number.
+        table = pd.read_csv(path, sep=separator, keep_default_na=False, na_values=[""], float_precision="round_trip")
         source = table.assign(**{columns[0]: table[columns[0]].astype(str)}) if columns[0] in table else table
     missing = [name for name in columns if name not in source]
     if missing:
