@@ -19,7 +19,10 @@ _HOME = {
     "GeneformerForTokenClassification": "modeling.geneformer",
     "GeneformerModel": "modeling.geneformer",
     "RankValueTokenizer": "tokenization.rank_value",
+    "classify_cells": "classification",
     "embed_cells": "embedding",
+    "embed_genes": "gene_embeddings",
+    "perturb_cells": "perturb",
 }
 # The names of _HOME, spelled out for type checkers
 __all__ = [
@@ -31,11 +34,16 @@ __all__ = [
     "GeneformerModel",
     "RankValueTokenizer",
     "__version__",
+    "classify_cells",
     "embed_cells",
+    "embed_genes",
+    "perturb_cells",
 ]
 
 if TYPE_CHECKING:
+    from .classification import classify_cells as classify_cells
     from .embedding import embed_cells as embed_cells
+    from .gene_embeddings import embed_genes as embed_genes
     from .modeling.geneformer import GeneformerConfig as GeneformerConfig
     from .modeling.geneformer import GeneformerForMaskedLM as GeneformerForMaskedLM
     from .modeling.geneformer import (
@@ -44,6 +52,7 @@ if TYPE_CHECKING:
     from .modeling.geneformer import GeneformerForSequenceClassification as GeneformerForSequenceClassification
     from .modeling.geneformer import GeneformerForTokenClassification as GeneformerForTokenClassification
     from .modeling.geneformer import GeneformerModel as GeneformerModel
+    from .perturb import perturb_cells as perturb_cells
     from .tokenization.rank_value import RankValueTokenizer as RankValueTokenizer
 
 

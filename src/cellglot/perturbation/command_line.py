@@ -1,0 +1,190 @@
+"""Perturbs the cells of a file from the command line: `python -m cellglot.perturb --help`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .edits import KINDS
+
+GENE_SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "gene_name", "feature_name", "symbol")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 after a message about what is wrong with the input."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _refuse_combinations(parser, options)
+
+    import torch
+
+    try:
+        run(options)
+    except torch.OutOfMemoryError as error:
+        print(f"error: {error}\nLower --max-tokens, and start again: what is done stays.", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Perturbs as the options say, and prints what was written.
+
+    Raises  ValueError, OSError, ImportError for what a user can mend
+    """
+    import torch
+
+    from ..loading import find_tokenizer
+    from ..modeling.geneformer import GeneformerModel
+    from ..perturb import CellStates, read_perturbations
+    from .plan import plan_run
+
+    tokenizer = find_tokenizer(options.tokenizer or options.model)
+    model = GeneformerModel.from_pretrained(options.model)
+    model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    shared: dict[str, Any] = {
+        "kind": options.kind,
+        "genes": _genes(options.genes, options.joint),
+        "anchor": options.anchor,
+        "rank_shift": options.rank_shift,
+        "layer": options.layer,
+        "pooling": options.pooling,
+        "max_cells": options.max_cells,
+        "seed": options.seed,
+        "max_tokens": options.max_tokens,
+    }
+    of_counts = {
+        name: value
+        for name, value in (("counts_layer", options.counts_layer), ("gene_ids", options.gene_ids))
+        if value is not None
+    }
+    states = None
+    if options.goal is not None:
+        names = (options.state_column, options.start, options.goal, tuple(options.alt))
+        states = CellStates(*names, summary=options.state_summary)
+    planned = plan_run(options.cells, model, tokenizer, **shared, **of_counts, states=states, effect=options.effect)
+    print(planned.report)
+    # Cells of a null set are compared as they are, whatever their state. Planned first: mistakes show before the work.
+    of_null = None if options.null is None else plan_run(options.null, model, tokenizer, **shared, **of_counts)
+    planned.write(options.output, progress=not options.quiet)
+    null = None
+    if of_null is not None:
+        print(f"null cells: {of_null.report}")
+        of_null.write(options.output / "null", progress=not options.quiet)
+        null = read_perturbations(options.output / "null")
+    labels = gene_labels(options.cells, tokenizer, options.counts_layer, options.gene_ids)
+    summarize(options.output, None if states is None else states.names[:-1], null, labels)
+
+
+def summarize(output: Path, states: list[str] | None, null: Any, labels: dict[str, str]) -> None:
+    """Writes tables of statistics and figures beside the results, and prints the first rows.
+
+    states  goal and alternative states
+    null    effects in a null set of cells, or None
+    labels  gene -> symbol
+    """
+    from ..figures import save_figure
+    from ..perturb import read_perturbations
+    from . import figures, statistics
+
+    effects = read_perturbations(output, only_cells=True)
+    tables = {"statistics.csv": _statistics(effects, states)}
+    plots = {"shift_ranking.png": figures.plot_shift_ranking(tables["statistics.csv"], labels=labels)}
+    if "p_value" in tables["statistics.csv"]:
+        plots["volcano.png"] = figures.plot_volcano(tables["statistics.csv"], labels=labels)
+    if null is not None:
+        tables["versus_null.csv"] = statistics.versus_null(effects, null)
+        plots["volcano_versus_null.png"] = figures.plot_volcano(tables["versus_null.csv"], labels=labels)
+    if "affected" in effects:
+        tables["gene_effects.csv"] = statistics.mean_effects(read_perturbations(output))
+    for name, table in tables.items():
+        symbols = table["gene"].map(lambda gene: figures.gene_label(gene, labels))
+        table.insert(int(table.columns.get_loc("gene")) + 1, "symbol", symbols)
+        table.to_csv(output / name, index=False)
+    for name, ax in plots.items():
+        save_figure(ax, output / name)
+    print(tables["statistics.csv"].head(10).to_string(index=False))
+    print(f"written to {output}: {', '.join([*tables, *plots])}, and the effects in each cell as part-*.parquet")
+
+
+def _statistics(effects: Any, states: list[str] | None) -> Any:
+    """The richest statistics that the effects allow."""
+    from . import statistics
+
+    n_genes = effects["gene"].nunique()
+    if states is not None and n_genes > 1:
+        return statistics.shifts_to_states(effects, states)
+    means = statistics.mean_effects(effects.drop(columns="affected", errors="ignore"))
+    if states is None and n_genes >= statistics.MIN_GENES and means["mean"].nunique() > 1:
+        return statistics.impact_mixture(effects)
+    return means
+
+
+def gene_labels(cells: Path, tokenizer: Any, counts_layer: str | None, gene_ids: str | None) -> dict[str, str]:
+    """Vocabulary gene -> symbol, as the file names its genes; empty for files of tokens."""
+    from ..tokenization.count_matrix import open_counts
+
+    if (cells / "dataset_info.json").is_file():
+        return {}
+    with open_counts(cells, layer=counts_layer) as matrix:
+        index_g = tokenizer.match_genes(matrix, gene_ids).index_g
+        column = next((name for name in GENE_SYMBOL_COLUMNS if name in matrix.var), None)
+        symbols = matrix.var.index if column is None else matrix.var[column]
+        genes = tokenizer.resolver.vocabulary
+        return {genes[g]: str(symbol) for g, symbol in zip(index_g, symbols, strict=True) if g >= 0}
+
+
+def _genes(text: str, joint: bool) -> Any:
+    """ "all", or names at commas one at a time and at plus signs together."""
+    if text == "all":
+        return "all"
+    groups = [[name.strip() for name in group.split("+") if name.strip()] for group in text.split(",") if group.strip()]
+    return [[name for group in groups for name in group]] if joint else groups
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cellglot.perturb",
+        description="Perturbs genes of cells in silico with a Geneformer, and ranks them by their effect. Results "
+        "stream to the output folder; the same command goes on where an interrupted one stopped.",
+    )
+    add = parser.add_argument
+    add("cells", type=Path, help=".h5ad, .loom, 10x .h5 file or 10x .mtx folder with raw counts; or a saved dataset")
+    add("--model", required=True, help="model directory or repository")
+    add("--tokenizer", help="directory of the tokenizer, if it is not beside the model")
+    add("--output", type=Path, required=True, help="folder for results, new or of the same run")
+    add("--kind", choices=KINDS, default="delete", help="what is done to a gene (default delete)")
+    add(
+        "--genes", default="all", metavar="A,B,C+D", help="all (default); or genes one at a time, those at a + together"
+    )
+    add("--joint", action="store_true", help="perturb all --genes together")
+    add("--anchor", metavar="GENE", help="perturb this gene together with each of the others")
+    add("--rank-shift", type=int, metavar="QUARTILES", help="for inhibit and activate: 1 (default), 2 or 3")
+    add("--layer", type=int, default=-1, help="-1 second-to-last (default), 0 last, -2 ... further down")
+    add("--effect", choices=["cell", "gene"], default="cell", help="on cells (default), or also on every other gene")
+    add("--pooling", choices=["mean", "cls"], help="a cell is the mean over its genes, or <cls> (default for V2)")
+    add("--state-column", metavar="COLUMN", help="column of obs with cell states")
+    add("--start", metavar="STATE", help="perturb cells of this state only")
+    add("--goal", metavar="STATE", help="measure shifts to this state")
+    add("--alt", metavar="STATE", nargs="+", default=[], help="further states to measure shifts to")
+    add("--state-summary", choices=["mean", "median"], default="mean", help="of the embeddings of a state's cells")
+    add("--null", type=Path, metavar="CELLS", help="cells to compare with, perturbed alike")
+    add("--max-cells", type=int, help="perturb a random sample of this many cells")
+    add("--seed", type=int, default=0, help="of that sample")
+    add("--counts-layer", help="layer with raw counts, or 'raw'; X by default")
+    add("--gene-ids", help="column of var with gene ids; found by itself where possible")
+    add("--max-tokens", type=int, help="padded tokens of a batch; by default what suits the device")
+    add("--device", help="e.g. cpu, cuda:1; a GPU by default where there is one")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _refuse_combinations(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    given = [options.state_column, options.start, options.goal]
+    if any(value is None for value in given) and (options.alt or any(value is not None for value in given)):
+        parser.error("cell states need --state-column, --start and --goal")
+    if options.joint and options.genes == "all":
+        parser.error("--joint perturbs listed genes together: pass --genes A,B,...")
