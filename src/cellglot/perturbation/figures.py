@@ -64,6 +64,7 @@ def plot_shift_ranking(
     legend += "; 95% interval of the mean" if shown["half"].notna().any() else ""
     legend += "" if verdict is None else f"; filled: {verdict}"
     ax.set(title=title, xlabel=f"{x_label}\n{legend}")
+    ax.locator_params(axis="x", nbins=5)
     return ax
 
 
