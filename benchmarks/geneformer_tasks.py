@@ -22,10 +22,12 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+import sklearn
 from scipy import stats
 
 from cellglot import __version__
 from cellglot.train import finetune, pretrain
+from cellglot.train.config import write_json
 from cellglot.train.fingerprint import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,25 +36,34 @@ KANG = "cells/kang2018_pbmc_12261x1287.h5ad"
 SCMIXOLOGY = "cells/tian2019_scmixology_celseq2_dropseq.h5ad"
 DOSAGE = "gene_labels/dosage_sensitivity_TFs.tsv"
 
-# Fixed beforehand, the same for every network; nothing here was chosen on the test cells.
+# The same for pre-trained and untrained networks; nothing here was chosen on the test cells or genes.
 PRETRAINING = {"schedule": "cosine", "warmup_steps": 0.1, "batch_size": 32, "validation_fraction": 0.05}
-FINETUNING = {"epochs": 1, "learning_rate": 5e-4, "warmup_steps": 0.1, "batch_size": 12, "save_every": 10**9}
+FINETUNING = {"warmup_steps": 0.1, "batch_size": 12, "save_every": 10**9}
 TASKS: dict[str, dict[str, Any]] = {
     "kang": {
         "file": KANG,
         "column": "donor",
         "held_out": ["1256", "1488"],
         "pretraining": {"epochs": 3, "learning_rate": 5e-3, "num_hidden_layers": 3},
-        "finetuning": {"labels": "cell_type", "pooling": "mean"},
+        "finetuning": {"labels": "cell_type", "pooling": "mean", "epochs": 1, "learning_rate": 5e-4},
     },
     "scmixology": {
         "file": SCMIXOLOGY,
         "column": "batch",
         "held_out": ["sc_dropseq"],
         "pretraining": {"epochs": 6, "learning_rate": 3e-3, "num_hidden_layers": 6, "max_length": 512},
-        "finetuning": {"labels": "cell_type", "pooling": "mean"},
+        # Rate and epochs chosen with another batch of CEL-seq2 (sc_celseq2) held out
+        "finetuning": {
+            "labels": "cell_type",
+            "pooling": "mean",
+            "epochs": 4,
+            "learning_rate": 1e-3,
+            "max_length": 256,
+        },
     },
 }
+# Rate and epochs as for scmixology
+DOSAGE_FINETUNING = {"folds": 5, "epochs": 4, "learning_rate": 1e-3, "max_length": 512, "class_weights": "balanced"}
 UNTRAINED_DEPTHS = (6, 4, 3, 1)
 
 
@@ -75,12 +86,10 @@ def main() -> None:
             "seeds": list(range(args.seeds)),
             "figures": table.to_dict("records"),
             "settings": settings,
-            "data": fingerprint([DATA / settings["file"]], (), {}),
-            "versions": {"cellglot": __version__, "python": platform.python_version()},
-            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU used",
+            "data": fingerprint([DATA / settings["file"]], [str(DATA / DOSAGE)] if args.task == "dosage" else [], {}),
+            **run_record(args.work / args.task),
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        write_json(args.json, record)
 
 
 def cell_types(name: str, args: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -91,10 +100,8 @@ def cell_types(name: str, args: argparse.Namespace) -> tuple[pd.DataFrame, dict[
     runs: dict[str, list[dict[str, float]]] = {}
     for seed in range(args.seeds):
         for network, extra in (("pre-trained", {}), ("untrained", {"untrained": "true", "baselines": "false"})):
-            report = finetuned(
-                work / f"{network}-{seed}", model, DATA / task["file"], args, seed=seed, **options, **extra
-            )
-            for row, figures in report["summary"]["cell_type"].items():
+            report = finetuned(work / network, model, DATA / task["file"], args, seed=seed, **options, **extra)
+            for row, figures in report["splits"][0]["metrics"]["cell_type"].items():
                 runs.setdefault(f"Geneformer, {network}" if row == "this model" else row, []).append(figures)
     return summarized(runs), {**task, "pretraining": {**PRETRAINING, **task["pretraining"]}, "finetuning": options}
 
@@ -102,8 +109,7 @@ def cell_types(name: str, args: argparse.Namespace) -> tuple[pd.DataFrame, dict[
 def dosage(args: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Figures over folds of genes (and seeds) of networks of several depths and of baselines on expression."""
     work, model = args.work / "dosage", pretrained("scmixology", args)
-    options = {**FINETUNING, "gene_labels": DATA / DOSAGE, "folds": 5, "max_cells": args.max_cells}
-    options |= {"max_length": 512, "class_weights": "balanced"}
+    options = {**FINETUNING, **DOSAGE_FINETUNING, "gene_labels": DATA / DOSAGE, "max_cells": args.max_cells}
     runs: dict[str, list[dict[str, float]]] = {}
     networks = {"Geneformer, pre-trained, 6 layers": {}} | {
         f"Geneformer, untrained, {n} layer{'s' * (n > 1)}": {
@@ -115,13 +121,16 @@ def dosage(args: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Any]]:
     }
     for seed in range(args.seeds):
         for network, extra in networks.items():
-            folder = work / f"{network.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
+            folder = work / network.replace(", ", "-").replace(" ", "-").lower()
             report = finetuned(folder, model, training_cells("scmixology", args), args, seed=seed, **options, **extra)
             for split in report["splits"]:
                 for row, figures in split["metrics"][Path(DOSAGE).stem].items():
                     runs.setdefault(network if row == "this model" else row, []).append(figures)
-    settings = {**TASKS["scmixology"], "finetuning": {**options, "gene_labels": DOSAGE}}
-    return summarized(runs), settings
+    # Seeds share folds: they are averaged first, so that the interval is one over folds of genes.
+    folds = {name: [mean_figures(found[fold::5]) for fold in range(5)] for name, found in runs.items()}
+    task = TASKS["scmixology"]
+    settings = {**task, "pretraining": {**PRETRAINING, **task["pretraining"]}}
+    return summarized(folds), {**settings, "finetuning": {**options, "gene_labels": DOSAGE}}
 
 
 def pretrained(name: str, args: argparse.Namespace) -> Path:
@@ -146,11 +155,31 @@ def training_cells(name: str, args: argparse.Namespace) -> Path:
 
 
 def finetuned(output: Path, model: Path, data: Path, args: argparse.Namespace, **options: Any) -> dict[str, Any]:
-    """metrics.json of a run of train/finetune.py."""
+    """metrics.json of a run of train/finetune.py, in a folder named after its options."""
+    output = output.with_name(
+        f"{output.name}-{options['seed']}-{fingerprint([], (), {**options, 'data': '', 'gene_labels': ''})[:8]}"
+    )
     if not (output / "metrics.json").exists():
         run = {"model": model, "data": data, "output": output, "overwrite": "true", **threads(args), **options}
         finetune.main(words(run))
     return json.loads((output / "metrics.json").read_text())
+
+
+def mean_figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: float(np.mean([run[key] for run in runs])) for key in ("accuracy", "macro_f1", "macro_auroc")}
+
+
+def run_record(work: Path) -> dict[str, Any]:
+    """Machine and versions, as the last run wrote them down."""
+    path = max(work.glob("**/run.json"), key=lambda path: path.stat().st_mtime)
+    record = json.loads(path.read_text())
+    machine = (
+        f"{record['torch_threads']} CPU threads of {os.cpu_count()}, {platform.machine()}, device {record['device']}"
+    )
+    return {
+        "versions": {**record["versions"], "cellglot": __version__, "scikit-learn": sklearn.__version__},
+        "machine": machine,
+    }
 
 
 def threads(args: argparse.Namespace) -> dict[str, Any]:
@@ -166,7 +195,10 @@ def words(options: dict[str, Any]) -> list[str]:
 
 
 def summarized(runs: dict[str, list[dict[str, float]]]) -> pd.DataFrame:
-    """Mean and 95% interval (Student's t over the runs) of each figure; no interval where all runs agree."""
+    """Mean and 95% interval (Student's t over the runs) of each figure, and of accuracy the one over cells.
+
+    The first is of seeds or folds, and none where all runs agree; the second a bootstrap of the first run's test items.
+    """
     rows = []
     for name, figures in runs.items():
         row: dict[str, Any] = {"model": name, "runs": len(figures)}
@@ -177,17 +209,22 @@ def summarized(runs: dict[str, list[dict[str, float]]]) -> pd.DataFrame:
             row[f"{key}_interval"] = (
                 float(stats.t.ppf(0.975, len(values) - 1) * sd / np.sqrt(len(values))) if sd else 0.0
             )
+        row |= {key: figures[0][key] for key in ("low", "high") if key in figures[0]}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def markdown(table: pd.DataFrame) -> str:
-    lines = ["| model | accuracy | macro F1 | AUROC | runs |", "|---|---|---|---|---|"]
+    over_cells = "low" in table
+    head = ["model", "accuracy", *(["95% over cells"] if over_cells else []), "macro F1", "AUROC", "runs"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in table.to_dict("records"):
         cells = [
             f"{row[key]:.3f}" + (f" ± {row[f'{key}_interval']:.3f}" if row[f"{key}_interval"] else "")
             for key in ("accuracy", "macro_f1", "macro_auroc")
         ]
+        if over_cells:
+            cells.insert(1, f"{row['low']:.3f} to {row['high']:.3f}")
         lines.append(f"| {row['model']} | {' | '.join(cells)} | {row['runs']} |")
     return "\n".join(lines)
 

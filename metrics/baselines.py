@@ -15,6 +15,7 @@ def baseline_scores(
     classes: Sequence[str],
     *,
     seed: int = 0,
+    n_jobs: int | None = None,
 ) -> np.ndarray:
     """Scores of the test items by a baseline fitted on the training items.
 
@@ -22,6 +23,7 @@ def baseline_scores(
                     linear SVM (C = 0.01) on standardized features; 500 trees
     train_features  (items, features), dense
     classes         all class names; one without a training item scores lowest
+    n_jobs          processors for the forest; all if absent
     Returns         (test items, classes) the higher, the likelier
     """
     from sklearn.ensemble import RandomForestClassifier
@@ -41,7 +43,7 @@ def baseline_scores(
     elif name == "linear SVM":
         model = make_pipeline(StandardScaler(), LinearSVC(C=0.01, random_state=seed, max_iter=5000))
     elif name == "random forest":
-        model = RandomForestClassifier(500, random_state=seed, n_jobs=-1)
+        model = RandomForestClassifier(500, random_state=seed, n_jobs=n_jobs or -1)
     else:
         raise ValueError(f"Expected a baseline among {', '.join(BASELINES)}, found {name!r}.")
     model.fit(train_features, train_labels)

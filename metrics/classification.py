@@ -25,7 +25,8 @@ def classification_metrics(
     names = np.asarray(classes, dtype=str)
     predicted = names[scores.argmax(axis=1)]
     present = [name for name in names if (labels == name).any()]
-    precision, recall, f1, count = precision_recall_fscore_support(labels, predicted, labels=present, zero_division=0)  # type: ignore[arg-type]
+    table: Any = precision_recall_fscore_support(labels, predicted, labels=present, zero_division=0)  # type: ignore[arg-type]
+    precision, recall, f1, count = table
     auroc = {name: area_under_roc(labels == name, scores[:, i]) for i, name in enumerate(names)}
     per_class = {
         name: {

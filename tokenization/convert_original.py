@@ -98,6 +98,12 @@ def convert_original(
             f"{len(missing):,} of {len(genes):,} genes with a token have no median, e.g. {examples(missing)}. "
             "Are the two dictionaries of one generation (gc30M, gc104M)?"
         )
+    try:
+        medians_g = [float(median_of[gene]) for gene in genes]
+    except OverflowError as error:
+        raise ValueError(
+            "A median is too large to be a number: the file is damaged, or no median dictionary."
+        ) from error
     known = set(genes)
     alias_of = _kept_aliases(_alias_dictionaries(aliases), known, report)
     report.layout, report.n_genes = found, len(genes)
@@ -106,7 +112,7 @@ def convert_original(
         {
             "token": names,
             "token_id": np.arange(len(names)),
-            "nonzero_median": [np.nan] * len(special) + [float(median_of[gene]) for gene in genes],
+            "nonzero_median": [np.nan] * len(special) + medians_g,
         }
     )
     return RankValueTokenizer.from_vocabulary(table, found, alias_of, max_length=max_length)

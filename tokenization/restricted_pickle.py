@@ -24,6 +24,9 @@ MAX_BYTES = 64 * 2**20
 MAX_INSTRUCTIONS = 3_000_000
 _BYTES_PER_MEMBER = 32  # of a set, roughly
 
+# Python hashes a whole number by its remainder to this prime.
+_HASHED_ALIKE = 2**61 - 1
+
 _SCALARS = (str, bytes, int, float, bool, type(None), np.generic)
 _MARK = object()
 
@@ -100,6 +103,9 @@ def _key(value: Any) -> Any:
     # The hash of nested tuples can take for ever: a tuple of the same tuple twice, sixty levels deep.
     if not isinstance(value, _SCALARS):
         raise UnsafePickleError(f"Expected names or numbers as keys, found a {type(value).__name__}.")
+    if isinstance(value, int) and abs(value) >= _HASHED_ALIKE:
+        # Its multiples all have the hash 0, and a dictionary of them takes time in the square of its size.
+        raise UnsafePickleError(f"Expected whole numbers below {_HASHED_ALIKE:,} as keys, found a larger one.")
     return value
 
 

@@ -30,7 +30,8 @@ class BestWeights:
         """Takes note of a validation of the bare model; keeps its weights if its loss is the lowest."""
         if LOSS not in metrics:
             raise ValueError(f"Early stopping needs a {LOSS!r} among the validation figures, found {list(metrics)}.")
-        if metrics[LOSS] >= self.metrics.get(LOSS, math.inf):
+        # Not `>=`: a loss that is not a number is no improvement either.
+        if not metrics[LOSS] < self.metrics.get(LOSS, math.inf):
             self.waited += 1
             return
         self.metrics, self.step, self.waited = dict(metrics), step, 0
@@ -41,6 +42,8 @@ class BestWeights:
 
     def restore(self, model: torch.nn.Module) -> None:
         """Puts the best weights into the bare model, on every process."""
+        if not self.metrics:
+            raise FloatingPointError("No validation loss was a finite number. Lower learning_rate.")
         self.accelerator.wait_for_everyone()
         best = load_file(str(self.path))
         with torch.no_grad():

@@ -15,35 +15,47 @@ HEADS = ["bert.pooler", "classifier", "classifiers"]
 def load_classifier(config: Any, task: Any) -> torch.nn.Module:
     """The task's classifier on the encoder that `config.model` names, ready to be trained.
 
-    config   a FinetuneConfig
-    Raises   ValueError for options that exclude each other, ImportError with the mend for a missing extra
+    config  a FinetuneConfig
     """
     options = dict(task.model_options())
     if config.pooling is not None:
         options["classifier_pooling"] = config.pooling
     model_class = task.model_class()
     torch.manual_seed(config.seed)
+    start = model_class.config_class.from_pretrained(config.model)
     if config.untrained:
-        model_config = model_class.config_class.from_pretrained(config.model)
         layers = {} if config.num_hidden_layers is None else {"num_hidden_layers": config.num_hidden_layers}
-        model_config = type(model_config).from_dict({**model_config.to_dict(), **options, **layers})
-        model = model_class(model_config)
+        model = model_class(type(start).from_dict({**start.to_dict(), **options, **layers}))
     else:
-        model = model_class.from_pretrained(config.model, **options, **_quantization(config.quantize))
+        # What is trained is float32, whatever the checkpoint is; a classifier of other labels does not fit and is new.
+        kind = _quantization(config.quantize) or {"dtype": torch.float32}
+        model = model_class.from_pretrained(config.model, **options, **kind, ignore_mismatched_sizes=True)
+        if not _same_labels(start, options):
+            _renew_heads(model)
     freeze_layers(model, config.freeze)
     if config.lora_rank:
         model = _with_adapters(model, config)
     return model
 
 
-def freeze_layers(model: Any, n_layers: int) -> None:
-    """Keeps the embeddings and the first n layers as they are; 0 freezes nothing.
+def _same_labels(start: Any, options: dict[str, Any]) -> bool:
+    """Whether a checkpoint's classifier tells what is to be told."""
+    if options["tasks"] or start.tasks:
+        return start.tasks == options["tasks"]
+    return start.id2label == options["id2label"] and start.label_name in (None, options["label_name"])
 
-    Raises  ValueError for more layers than there are
-    """
+
+@torch.no_grad()
+def _renew_heads(model: Any) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith(("classifier", "classifiers")):
+            module.weight.normal_(0.0, model.config.initializer_range)
+            module.bias.zero_()
+
+
+def freeze_layers(model: Any, n_layers: int) -> None:
+    """Keeps the embeddings and the first n layers as they are; 0 freezes nothing."""
     encoder = model.bert
-    if n_layers > len(encoder.encoder.layer):
-        raise ValueError(f"Cannot freeze {n_layers} layers of {len(encoder.encoder.layer)}: lower --freeze.")
     if n_layers:
         for module in (encoder.embeddings, *encoder.encoder.layer[:n_layers]):
             module.requires_grad_(False)
@@ -66,10 +78,6 @@ def plain_model(model: Any, config: Any, task: Any) -> Any:
 def _quantization(kind: str) -> dict[str, Any]:
     if kind == "no":
         return {}
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f'--quantize {kind} needs bitsandbytes: pip install "cellglot[quantize]"') from error
     from transformers import BitsAndBytesConfig
 
     if kind == "8bit":
@@ -84,10 +92,8 @@ def _quantization(kind: str) -> dict[str, Any]:
 
 
 def _with_adapters(model: Any, config: Any) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError('--lora_rank needs peft: pip install "cellglot[lora]"') from error
+    from peft import LoraConfig, get_peft_model
+
     # peft freezes all but what it adds, and takes single layers only.
     heads = [
         name

@@ -107,6 +107,19 @@ def write_run_record(path: Path, config: Any, **facts: Any) -> None:
     write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON under a temporary name, then renames it. NaN, which JSON has no word for, becomes null."""
+    write_atomically(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and content != content else content
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file under a temporary name, then renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)

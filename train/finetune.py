@@ -12,6 +12,7 @@ Leaves in the output folder: `model/` (a complete model directory with `id2label
 import dataclasses
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +22,13 @@ from transformers.utils import logging as transformers_logging
 from cellglot.loading import find_tokenizer
 from cellglot.modeling.geneformer import GeneformerConfig
 from cellglot.train.config import option, parse_config
-from cellglot.train.finetuning_data import UNLABELLED, load_cells, read_gene_labels
+from cellglot.train.finetuning_data import CellTable, load_cells, read_gene_labels
 from cellglot.train.finetuning_report import report_run
-from cellglot.train.finetuning_run import train_and_test
+from cellglot.train.finetuning_run import add_baselines, train_and_test
 from cellglot.train.finetuning_tasks import CellTask, GeneTask, Task
 from cellglot.train.hyperparameter_search import search
-from cellglot.train.loop import LoopConfig, RunError, close, make_accelerator, prepare_output
-from cellglot.train.splits import Split, check_split, held_out, k_folds
+from cellglot.train.loop import LoopConfig, abandon_output, close, keep_output, make_accelerator, prepare_output
+from cellglot.train.splits import UNLABELLED, Split, check_split, held_out, joint_labels, k_folds
 
 
 @dataclass
@@ -46,7 +47,10 @@ class FinetuneConfig(LoopConfig):
     min_per_class: int = option(0, "labels with fewer cells (or genes) are left out")
     split_by: str | None = option(None, "column of obs whose groups are never split, e.g. donor or batch")
     test_groups: list[str] = option([], "groups of split_by to test on; absent: drawn")
-    test_fraction: float = option(0.2, "share to test on, where neither folds nor test_groups are given; 0: none")
+    test_fraction: float = option(
+        0.2,
+        "share to test on, where neither folds nor test_groups are given (nor PBMCs, whose test part is set); 0: none",
+    )
     validation_fraction: float = option(0.1, "share of the rest for early stopping, search or eval_every, if any is on")
     folds: int = option(0, "k-fold cross-validation over cells, groups of split_by, or genes; 0: one split")
     untrained: bool = option(False, "starts from random weights of the model's sizes: what did pre-training bring?")
@@ -57,10 +61,12 @@ class FinetuneConfig(LoopConfig):
     freeze: int = option(0, "first layers (and the embeddings) to keep as they are")
     class_weights: Literal["none", "balanced"] = option("none", "balanced: rare classes weigh more in the loss")
     lora_rank: int = option(0, "rank of low-rank adapters, trained in place of the weights; 0: none")
-    lora_alpha: int | None = option(None, "scale of the adapters; absent: twice the rank")
+    lora_alpha: float | None = option(None, "scale of the adapters; absent: twice the rank")
     lora_dropout: float = option(0.0, "dropout before the adapters")
     quantize: Literal["no", "8bit", "4bit"] = option("no", "loads the frozen weights in 8 or 4 bits, beneath adapters")
-    search_trials: int = option(0, "trials of a search for learning rate, warm-up, weight decay and frozen layers")
+    search_trials: int = option(
+        0, "trials of a search for learning rate (around the given one), warm-up, weight decay and frozen layers"
+    )
     baselines: bool = option(True, "fits logistic regression, linear SVM and random forest on the same split")
     output: str = option("runs/geneformer-finetuned", "folder of the run")
     epochs: float = option(1.0, "passes over the training examples")
@@ -77,7 +83,7 @@ class FinetuneConfig(LoopConfig):
         for name in ("freeze", "lora_rank", "search_trials", "min_per_class"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} cannot be negative.")
-        for name in ("max_cells", "max_length", "num_hidden_layers"):
+        for name in ("max_cells", "max_length", "num_hidden_layers", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, found {value}.")
@@ -98,6 +104,16 @@ class FinetuneConfig(LoopConfig):
             (self.num_hidden_layers is not None and not self.untrained, "num_hidden_layers needs untrained"),
             (self.search_trials > 0 and self.folds > 0, "search_trials and folds exclude each other"),
             (self.lora_rank > 0 and self.freeze > 0, "adapters keep all weights as they are: freeze adds nothing"),
+            (
+                not self.lora_rank and bool(self.lora_alpha or self.lora_dropout),
+                "lora_alpha and lora_dropout need lora_rank",
+            ),
+            (self.untrained and self.freeze > 0, "freeze would keep random layers of an untrained network"),
+            (self.search_trials > 0 and self.freeze > 0, "search_trials chooses freeze: leave it out"),
+            (
+                bool(self.trackers) and bool(self.folds or self.search_trials),
+                "trackers follow one training: leave out folds and search_trials, or read metrics.jsonl",
+            ),
         ]
         for wrong, message in together:
             if wrong:
@@ -107,6 +123,26 @@ class FinetuneConfig(LoopConfig):
     def validates(self) -> bool:
         """Whether a part of the training items is put aside to validate on."""
         return bool(self.patience or self.search_trials or self.eval_every)
+
+
+def check_inputs(config: FinetuneConfig) -> None:
+    """Raises ValueError or ImportError for what can be known to fail before any data are read."""
+    for option_name, package, extra in (
+        ("lora_rank", "peft", "lora"),
+        ("search_trials", "optuna", "search"),
+        ("quantize", "bitsandbytes", "quantize"),
+    ):
+        if getattr(config, option_name) not in (0, "no") and find_spec(package) is None:
+            raise ImportError(f'--{option_name} needs {package}: pip install "cellglot[{extra}]"')
+    output = Path(config.output).resolve()
+    for name in ("model", "tokenizer", "data", "gene_labels"):
+        value = getattr(config, name)
+        if value is not None and Path(value).resolve().is_relative_to(output):
+            raise ValueError(f"--{name} {value} lies in the output folder {config.output}: pass another --output.")
+    find_tokenizer(config.tokenizer or config.model)
+    n_layers = GeneformerConfig.from_pretrained(config.model).num_hidden_layers
+    if config.freeze > n_layers:
+        raise ValueError(f"Cannot freeze {config.freeze} layers of {n_layers}: lower --freeze.")
 
 
 def make_task(config: FinetuneConfig, folder: Path, *, is_main_process: bool) -> tuple[Task, Any]:
@@ -136,26 +172,39 @@ def make_task(config: FinetuneConfig, folder: Path, *, is_main_process: bool) ->
         gene_ids=config.gene_ids,
         is_main_process=is_main_process,
     )
-    kept = np.ones(len(cells.obs), dtype=bool)
-    if columns:
-        kept &= (cells.obs[columns] != UNLABELLED).any(axis=1).to_numpy()
-        for name in columns:
-            counts = cells.obs[name].value_counts()
-            rare = cells.obs[name].isin(counts.index[counts < config.min_per_class])
-            cells.obs.loc[rare.to_numpy(), name] = UNLABELLED
-        kept &= (cells.obs[columns] != UNLABELLED).any(axis=1).to_numpy()
-    if config.split_by:
-        kept &= (cells.obs[config.split_by] != UNLABELLED).to_numpy()
-    if config.max_cells is not None:
-        drawn = np.random.default_rng(config.seed).permutation(np.flatnonzero(kept))[: config.max_cells]
-        kept = np.isin(np.arange(len(kept)), drawn)
-    if is_main_process and not kept.all():
-        print(f"{(~kept).sum():,} of {len(kept):,} cells are left out: no label, no group, or beyond --max_cells")
-    cells = cells.select(kept)
+    n_before = len(cells.obs)
+    cells = usable_cells(cells, columns, config)
+    if is_main_process and len(cells.obs) < n_before:
+        left_out = n_before - len(cells.obs)
+        print(f"{left_out:,} of {n_before:,} cells are left out: no label, no group, or beyond --max_cells")
     if not config.gene_labels:
         return CellTask(cells, columns), tokenizer
     genes = read_gene_labels(config.gene_labels, tokenizer)
-    return GeneTask(cells, genes, Path(config.gene_labels).stem, model_config.vocab_size), tokenizer
+    name = Path(config.gene_labels).stem
+    return GeneTask(cells, genes, name, model_config.vocab_size, config.min_per_class), tokenizer
+
+
+def usable_cells(cells: CellTable, columns: list[str], config: FinetuneConfig) -> CellTable:
+    """Cells with a label and a group, at most `max_cells`; labels of fewer than `min_per_class` cells do not count."""
+
+    def labelled(cells: CellTable) -> np.ndarray:
+        known = np.ones(len(cells.obs), dtype=bool)
+        if columns:
+            known &= (cells.obs[columns] != UNLABELLED).any(axis=1).to_numpy()
+        if config.split_by:
+            known &= (cells.obs[config.split_by] != UNLABELLED).to_numpy()
+        return known
+
+    cells = cells.select(labelled(cells))
+    if config.max_cells is not None:
+        drawn = np.random.default_rng(config.seed).permutation(len(cells.obs))[: config.max_cells]
+        cells = cells.select(np.isin(np.arange(len(cells.obs)), drawn))
+    obs = cells.obs.copy()
+    for name in columns:
+        counts = obs[name].value_counts()
+        obs.loc[obs[name].isin(counts.index[counts < config.min_per_class]).to_numpy(), name] = UNLABELLED
+    cells = dataclasses.replace(cells, obs=obs)
+    return cells.select(labelled(cells))
 
 
 def make_splits(config: FinetuneConfig, task: Task) -> list[Split]:
@@ -163,20 +212,18 @@ def make_splits(config: FinetuneConfig, task: Task) -> list[Split]:
 
     Raises  ValueError for a split that leaves a label without training items, or a group that is not there
     """
-    name = next(iter(task.classes))
-    labels = task.labels(name)
-    labelled: Any = np.stack([task.labels(n) != UNLABELLED for n in task.classes]).any(axis=0)
+    columns = [task.labels(name) for name in task.classes]
+    labelled: Any = np.stack([column != UNLABELLED for column in columns]).any(axis=0)
+    strata = columns[0] if len(columns) == 1 else joint_labels(columns, max(config.folds, 2))
     groups, prepared = None, None
     if isinstance(task, CellTask):
         prepared = task.cells.held_out
         groups = task.cells.obs[config.split_by].to_numpy(dtype=str) if config.split_by else None
     if config.folds:
         index = np.flatnonzero(labelled)
-        folds = k_folds(labels[index], config.folds, groups=None if groups is None else groups[index], seed=config.seed)
-        tests = []
-        for fold in folds:
-            tests.append(np.zeros(len(labels), dtype=bool))
-            tests[-1][index[fold]] = True
+        of_index = None if groups is None else groups[index]
+        tests = [index[fold] for fold in k_folds(strata[index], config.folds, groups=of_index, seed=config.seed)]
+        tests = [np.isin(np.arange(len(labelled)), test) for test in tests]
     elif config.test_groups:
         assert groups is not None
         unknown = [group for group in config.test_groups if group not in set(groups)]
@@ -190,7 +237,7 @@ def make_splits(config: FinetuneConfig, task: Task) -> list[Split]:
         # The part of the embedded corpus that pre-training has not seen either
         tests = [labelled & prepared]
     else:
-        tests = [held_out(labels, config.test_fraction, groups=groups, among=labelled, seed=config.seed)]
+        tests = [held_out(strata, config.test_fraction, groups=groups, among=labelled, seed=config.seed)]
     splits = []
     for i, test in enumerate(tests):
         rest = labelled & ~test
@@ -198,13 +245,11 @@ def make_splits(config: FinetuneConfig, task: Task) -> list[Split]:
         if config.validates:
             whole_groups = groups if groups is not None and len(set(groups[rest])) > 1 else None
             validation = held_out(
-                labels, config.validation_fraction, groups=whole_groups, among=rest, seed=config.seed + i
+                strata, config.validation_fraction, groups=whole_groups, among=rest, seed=config.seed + i
             )
         splits.append(Split(rest & ~validation, validation, test))
-        for label in task.classes:
-            known = task.labels(label) != UNLABELLED
-            parts = (splits[-1].train & known, splits[-1].validation & known, test & known)
-            check_split(Split(*parts), task.labels(label), f"fold {i} of {label!r}" if config.folds else repr(label))
+        for name, column in zip(task.classes, columns, strict=True):
+            check_split(splits[-1], column, f"fold {i} of {name!r}" if config.folds else repr(name))
     return splits
 
 
@@ -219,26 +264,29 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 "search_trials runs on one process: start it without others, then train with what it finds"
             )
+        check_inputs(config)
         output = prepare_output(config, accelerator)
         try:
             task, tokenizer = make_task(config, output / "data", is_main_process=accelerator.is_main_process)
             splits = make_splits(config, task)
         except BaseException:
-            if accelerator.is_main_process and not any(output.glob("**/checkpoints")):
-                (output / "run.json").unlink(missing_ok=True)
+            abandon_output(output, accelerator)
             raise
+        keep_output(output, accelerator)
         if config.search_trials:
             config = search(config, task, tokenizer, splits[0], accelerator)
         results = []
         for i, split in enumerate(splits):
-            run = config if not config.folds else dataclasses.replace(config, output=str(output / f"fold-{i}"))
-            results.append(
-                train_and_test(run, task, tokenizer, split, accelerator, name=f"fold {i}" if config.folds else "")
-            )
-    except (ValueError, OSError, ImportError, RunError, FloatingPointError) as error:
+            folder = output / f"fold-{i}" if config.folds else output
+            run = dataclasses.replace(config, output=str(folder))
+            results.append(train_and_test(run, task, tokenizer, split, accelerator))
+        # The others do not wait: baselines and figures outlast the time-out of a barrier.
+        if accelerator.is_main_process:
+            for result, split in zip(results, splits, strict=True):
+                add_baselines(result, task, tokenizer, split, config)
+            report_run(results, task, config, output)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"finetune.py: {error}")
-    if accelerator.is_main_process:
-        report_run(results, task, config, output)
     close(accelerator)
 
 

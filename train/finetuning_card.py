@@ -73,7 +73,7 @@ def _front_matter(task: Any, result: Any, data: str) -> dict[str, Any]:
     ]
     front = {
         "library_name": "transformers",
-        "license": "apache-2.0",
+        "license": "other",
         "tags": ["cellglot", "geneformer", "single-cell", "genomics", "biology"],
     }
     return {**front, **({"model-index": [{"name": "geneformer", "results": results}]} if results else {})}
@@ -94,22 +94,27 @@ def _limits_first(result: Any) -> list[str]:
 
 
 def _figures(task: Any, result: Any) -> str:
-    parts = [f"## Figures on {result.facts['n_test']:,} held-out {'genes' if task.per_gene else 'cells'}"]
+    parts = [f"## Figures on held-out {'genes' if task.per_gene else 'cells'}"]
     for label, models in result.metrics.items():
-        rows = [f"| {label} | accuracy | 95% interval | macro F1 | macro AUROC |", "|---|---|---|---|---|"]
+        n = models["this model"]["n"]
+        rows = [f"| {label} of {n:,} | accuracy | 95% interval | macro F1 | macro AUROC |", "|---|---|---|---|---|"]
         for name, row in models.items():
             rows.append(
                 f"| {name} | {row['accuracy']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {row['macro_f1']:.3f} | "
-                f"{row['macro_auroc']:.3f} |"
+                f"{_shown(row['macro_auroc'])} |"
             )
         of_class = ["| class | n | precision | recall | F1 | AUROC |", "|---|---|---|---|---|---|"]
         for name, row in models["this model"]["per_class"].items():
             of_class.append(
                 f"| {name} | {row['n']:,} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} | "
-                f"{row['auroc']:.3f} |"
+                f"{_shown(row['auroc'])} |"
             )
         parts += ["\n".join(rows), "\n".join(of_class)]
     return "\n\n".join(parts)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{value:.3f}"
 
 
 def _training(task: Any, config: Any, result: Any, data: str) -> str:

@@ -20,8 +20,7 @@ from cellglot.tokenization.rank_value import TokenizationReport
 from .config import write_atomically
 from .fingerprint import fingerprint
 from .pretraining_data import COUNT_FILES, count_files
-
-UNLABELLED = ""
+from .splits import UNLABELLED
 
 
 @dataclass
@@ -92,7 +91,7 @@ def load_cells(
             frame = matrix.obs[list(columns)].apply(_as_strings)
             frame.index = frame.index.astype(str)
         frames.append(frame.assign(_source=i, _position=np.arange(len(frame)))[passing])
-    facts = {"max_length": max_length, "layer": layer, "gene_ids": gene_ids, "medians": _hash(tokenizer.gene_medians)}
+    facts = {"max_length": max_length, "layer": layer, "gene_ids": gene_ids, "medians": tokenizer.gene_medians}
     name = fingerprint(files, (), facts)
     record = folder / "data.json"
     if record.exists():
@@ -126,7 +125,8 @@ def load_cells(
     table = CellTable(
         tokens, obs, sources, source, position, None if held_out is None else held_out[source], description, name
     )
-    return table.select(np.asarray(tokens["length"]) > 0)
+    kept = (np.asarray(tokens["length"]) > 0) & ~_copies(table)
+    return table.select(kept)
 
 
 @dataclass
@@ -156,13 +156,23 @@ def read_gene_labels(path: str, tokenizer: Any) -> LabelledGeneList:
     if not known.any():
         raise ValueError(f"{path}: {tokenizer.resolver.explain_no_match(match)}")
     frame = pd.DataFrame(
-        {"token": tokenizer.gene_token_ids[match.index_g[known]], "label": label[known], "name": gene[known]}
+        {
+            "token": tokenizer.gene_token_ids[match.index_g[known]],
+            "label": label[known].str.strip(),
+            "name": gene[known],
+        }
     ).drop_duplicates(["token", "label"])
+    n_blank = int((frame["label"] == UNLABELLED).sum())
+    frame = frame[frame["label"] != UNLABELLED]
     ambiguous = frame["token"].duplicated(keep=False)
     frame = frame[~ambiguous]
     left_out = [
         f"{n:,} {why}"
-        for n, why in ((int((~known).sum()), "not in the vocabulary"), (int(ambiguous.sum()), "rows with two labels"))
+        for n, why in (
+            (int((~known).sum()), "not in the vocabulary"),
+            (int(ambiguous.sum()), "rows with two labels"),
+            (n_blank, "without a label"),
+        )
         if n
     ]
     print(
@@ -194,8 +204,17 @@ def _as_strings(column: Any) -> Any:
     return column.astype(object).where(column.notna(), UNLABELLED).astype(str)
 
 
-def _hash(values: Any) -> int:
-    """A number that changes with a dictionary's content, the same in every process."""
-    import zlib
-
-    return zlib.crc32(json.dumps(values).encode())
+def _copies(table: CellTable) -> np.ndarray:
+    """Marks cells that another file holds too, by name and tokens: split apart, a test would be of known cells."""
+    names = table.obs.index
+    repeated = np.flatnonzero(names.duplicated(keep=False))
+    seen: set[tuple[str, bytes]] = set()
+    copies = np.zeros(len(names), dtype=bool)
+    for i, ids in zip(repeated.tolist(), table.tokens.select(repeated)["input_ids"], strict=True):
+        # Different cells may well bear one name: barcodes come back in every experiment.
+        key = (str(names[i]), np.asarray(ids).tobytes())
+        copies[i] = key in seen
+        seen.add(key)
+    if copies.any():
+        print(f"{copies.sum():,} cells are in another file already, with the same name and genes, and are left out")
+    return copies

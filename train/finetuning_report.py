@@ -1,6 +1,5 @@
 """What a fine-tuning run leaves to read: metrics, predictions, figures, and a card that says what it is worth."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,14 @@ import pandas as pd
 from cellglot.figures import save_figure
 from cellglot.metrics.classification import confusion_table
 
-from .config import write_atomically
+from .config import write_atomically, write_json
 from .figures import plot_confusion, plot_loss_curve, plot_roc
 from .finetuning_card import finetuning_card
-from .finetuning_data import UNLABELLED
 from .finetuning_run import SplitResult, measure
 from .finetuning_tasks import Task
 from .metrics_log import read_metrics
 from .model_directory import write_model_directory
+from .splits import UNLABELLED
 
 SUMMARIZED = ("accuracy", "macro_f1", "macro_auroc")
 
@@ -37,12 +36,20 @@ def write_split(model: Any, tokenizer: Any, task: Task, config: Any, result: Spl
     write_model_directory(model, tokenizer, result.folder / "model", card=card, report=report, files=figures)
 
 
+def write_card(task: Task, config: Any, result: SplitResult) -> None:
+    """Writes the card and the figures of a split's model anew, after baselines were added to them."""
+    folder = result.folder / "model"
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    write_atomically(folder / "README.md", finetuning_card(task, config, result, pictures))
+    write_json(folder / "metrics.json", {"metrics": result.metrics, **result.facts})
+
+
 def report_run(results: Sequence[SplitResult], task: Task, config: Any, output: Path) -> dict[str, Any]:
     """Writes `metrics.json`, `predictions.csv` and the figures over all folds; prints the table."""
     report: dict[str, Any] = {
         "labels": {name: list(classes) for name, classes in task.classes.items()},
         "summary": summary(results),
-        "splits": [{"name": r.name, **r.facts, "metrics": r.metrics} for r in results],
+        "splits": [{"name": r.folder.name, **r.facts, "metrics": r.metrics} for r in results],
     }
     predictions = predictions_table(results, task)
     if len(predictions):
@@ -54,23 +61,28 @@ def report_run(results: Sequence[SplitResult], task: Task, config: Any, output: 
         # Every item is tested once: the pooled figures have no spread, but an interval over items.
         pooled = pd.concat([r.predictions for r in results])
         report["pooled"] = measure(task, pooled, config.seed)
-    write_atomically(output / "metrics.json", json.dumps(report, indent=2) + "\n")
+    write_json(output / "metrics.json", report)
     print(format_report(report, results, output))
     return report
 
 
-def summary(results: Sequence[SplitResult]) -> dict[str, dict[str, dict[str, float]]]:
-    """label -> model or baseline -> mean and standard deviation over the splits of accuracy, macro F1, macro AUROC."""
-    out: dict[str, dict[str, dict[str, float]]] = {}
+def summary(results: Sequence[SplitResult]) -> dict[str, dict[str, dict[str, Any]]]:
+    """label -> model or baseline -> mean and standard deviation over the splits of accuracy, macro F1, macro AUROC.
+
+    Also n: items with that label over all splits. An AUROC is that of the splits in which it is defined.
+    """
+    out: dict[str, dict[str, dict[str, Any]]] = {}
     for label in results[0].metrics:
         out[label] = {}
         for model in results[0].metrics[label]:
             figures = [r.metrics[label][model] for r in results]
-            row: dict[str, float] = {}
+            row: dict[str, Any] = {"n": sum(f["n"] for f in figures)}
             for key in SUMMARIZED:
-                values = np.array([f[key] for f in figures])
-                row[key] = float(np.mean(values))
-                row[f"{key}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+                # As read back from JSON, what is undefined is None.
+                values = np.array([np.nan if f[key] is None else f[key] for f in figures])
+                values = values[~np.isnan(values)]
+                row[key] = float(values.mean()) if len(values) else None
+                row[f"{key}_sd"] = float(values.std(ddof=1)) if len(values) > 1 else None
             out[label][model] = row
     return out
 
@@ -124,22 +136,24 @@ def format_report(report: dict[str, Any], results: Sequence[SplitResult], output
     several = len(results) > 1
     lines = ["", f"{facts['n_parameters'] / 1e6:.2f}M parameters, {sum(s['steps'] for s in report['splits']):,} steps"]
     for label, models in report["summary"].items():
-        if several:
-            head = f"{label}, mean and sd over {len(results)} folds"
-        else:
-            head = (
-                f"{label} of {facts['n_test']:,} held-out {'genes' if 'n_cells' in results[0].predictions else 'cells'}"
-            )
+        n = models["this model"]["n"]
+        what = "genes" if task_is_of_genes(results) else "cells"
+        head = f"{label}, mean and sd over {len(results)} folds" if several else f"{label} of {n:,} held-out {what}"
         lines += ["", f"{head:<46}accuracy         macro F1         AUROC"]
         for model, row in models.items():
             cells = []
             for key in SUMMARIZED:
-                spread = f" ± {row[f'{key}_sd']:.3f}" if several else ""
-                cells.append(f"{row[key]:.3f}{spread}".ljust(17))
+                spread = f" ± {row[f'{key}_sd']:.3f}" if several and row[f"{key}_sd"] is not None else ""
+                cells.append(("-" if row[key] is None else f"{row[key]:.3f}{spread}").ljust(17))
             lines.append(f"  {model:<44}" + "".join(cells).rstrip())
     lines += ["", f"model: {'one in each ' + str(output / 'fold-*') if several else output / 'model'}"]
     figures = ", ".join(path.name for path in sorted(output.glob("*.png")))
     return "\n".join([*lines, *([f"figures: {figures} in {output}"] if figures else [])])
+
+
+def task_is_of_genes(results: Sequence[SplitResult]) -> bool:
+    """Whether the tested items are genes."""
+    return "n_cells" in results[0].predictions
 
 
 def _file_name(label: str) -> str:

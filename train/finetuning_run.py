@@ -1,6 +1,7 @@
 """One split: train, test, measure beside baselines, write the model directory. What is done is not done again."""
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,46 +19,55 @@ from cellglot.metrics.classification import classification_metrics
 from .batches import EpochPlan
 from .checkpoint import remove_partial
 from .classifier import load_classifier, plain_model
-from .config import write_atomically
-from .finetuning_data import UNLABELLED
-from .finetuning_tasks import Task
-from .loop import check_same_options, mean_loss, train
-from .splits import Split
+from .config import write_json
+from .finetuning_tasks import MAX_BASELINE_CELLS, Task
+from .loop import RunError, check_same_options, mean_loss, train
+from .splits import UNLABELLED, Split
 
 
 @dataclass
 class SplitResult:
     """What came of one split.
 
-    predictions  one row a tested item: item, name, n_cells (genes), probabilities LABEL:CLASS
+    predictions  one row a tested item: item, name, n_cells (genes), probabilities LABEL:CLASS; on the main process
     metrics      label -> "this model" and baselines -> figures of `classification_metrics`
     facts        numbers of items, steps, seconds
     """
 
-    name: str
     folder: Path
     predictions: pd.DataFrame
     metrics: dict[str, dict[str, Any]]
     facts: dict[str, Any]
 
+    def save(self, config: Any) -> None:
+        """Writes `result.json`; from then on the split counts as done."""
+        record = {"metrics": self.metrics, "facts": self.facts, "config": dataclasses.asdict(config)}
+        write_json(self.folder / "result.json", record)
 
-def train_and_test(
-    config: Any, task: Task, tokenizer: Any, split: Split, accelerator: Any, *, name: str = ""
-) -> SplitResult:
-    """Trains on one part, tests on another. On a resumed run, a split that was finished is read from disk."""
+
+def train_and_test(config: Any, task: Task, tokenizer: Any, split: Split, accelerator: Any) -> SplitResult:
+    """Trains on one part, tests on another, writes the model. A split that was done is read from disk on a resumed run.
+
+    Raises  RunError if what is there is of other options, items or labels
+    """
+    from .finetuning_report import write_split
+
     folder = Path(config.output)
     record, table = folder / "result.json", folder / "test_predictions.csv"
-    if config.resume and record.exists():
-        content = json.loads(record.read_text())
-        check_same_options(record, content["config"], config)
-        return SplitResult(name, folder, pd.read_csv(table), content["metrics"], content["facts"])
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial(folder / "checkpoints")
+        _claim(folder, task, split, config)
     accelerator.wait_for_everyone()
+    if config.resume and record.exists():
+        content = json.loads(record.read_text())
+        check_same_options(record, content["config"], config)
+        # A name may look like a number, or like a missing value.
+        known = {"dtype": {"name": str}, "keep_default_na": False, "na_values": {"n_cells": [""]}}
+        predictions = pd.read_csv(table, **known) if table.exists() else pd.DataFrame()  # type: ignore[arg-type]
+        return SplitResult(folder, predictions, content["metrics"], content["facts"])
     model, result = train_classifier(config, task, tokenizer, split, accelerator)
     predictions = predict(model, task, tokenizer, split.test, accelerator, max_tokens=config.max_tokens)
-    predictions = predictions.assign(name=task.items[predictions["item"]]) if len(predictions) else predictions
     facts = {
         "n_train": int(split.train.sum()),
         "n_validation": int(split.validation.sum()),
@@ -68,23 +78,33 @@ def train_and_test(
         "n_parameters": sum(p.numel() for p in model.parameters()),
         **{key: round(value, 6) for key, value in result.metrics.items()},
     }
-    metrics: dict[str, dict[str, Any]] = {}
+    out = SplitResult(folder, predictions, {}, facts)
     if accelerator.is_main_process:
-        metrics = measure(task, predictions, config.seed)
-        if config.baselines and len(predictions):
-            _add_baselines(metrics, task, tokenizer, split, predictions, config)
-        from .finetuning_report import write_split
-
-        write_split(model, tokenizer, task, config, SplitResult(name, folder, predictions, metrics, facts))
-        partial = table.with_suffix(".tmp")
-        predictions.to_csv(partial, index=False)
-        partial.replace(table)
-        write_atomically(
-            record,
-            json.dumps({"metrics": metrics, "facts": facts, "config": dataclasses.asdict(config)}, indent=2) + "\n",
-        )
+        out.metrics = measure(task, predictions, config.seed)
+        write_split(model, tokenizer, task, config, out)
+        if len(predictions):
+            partial = table.with_suffix(".tmp")
+            predictions.to_csv(partial, index=False)
+            partial.replace(table)
+        out.save(config)
     accelerator.free_memory()
-    return SplitResult(name, folder, predictions, metrics, facts)
+    return out
+
+
+def _claim(folder: Path, task: Task, split: Split, config: Any) -> None:
+    """Writes which items and labels this split is of, or compares them with those of the run that is resumed."""
+    digest = hashlib.sha256("\n".join(task.items).encode())
+    for name in task.classes:
+        digest.update("\n".join([name, *task.labels(name)]).encode())
+    for mask in (split.train, split.validation, split.test):
+        digest.update(np.packbits(mask).tobytes())
+    path, found = folder / "split.json", {"items_labels_and_split": digest.hexdigest()}
+    if config.resume and path.exists() and json.loads(path.read_text()) != found:
+        raise RunError(
+            f"{folder} belongs to a run on other items, labels or splits: the data or the table of genes have changed. "
+            "Pass --overwrite, or another --output."
+        )
+    write_json(path, found)
 
 
 def train_classifier(config: Any, task: Task, tokenizer: Any, split: Split, accelerator: Any) -> tuple[Any, Any]:
@@ -100,6 +120,7 @@ def train_classifier(config: Any, task: Task, tokenizer: Any, split: Split, acce
     facts = {
         "n_processes": accelerator.num_processes,
         "device": str(accelerator.device),
+        "torch_threads": torch.get_num_threads(),
         "n_train": int(split.train.sum()),
         "n_validation": int(split.validation.sum()),
         "n_test": int(split.test.sum()),
@@ -139,10 +160,12 @@ def predict(
                 with accelerator.autocast():
                     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
                 found.append(task.predicted(batch, logits, np.array(index)))
+        # Genes come back in every batch: their sums are all that needs to be kept.
+        found = [task.merge(found)] if found else []
     if accelerator.num_processes > 1:
         found = gather_object(found)
-    keys, scores = (np.concatenate(part) for part in zip(*found, strict=True))
-    return task.join(items, keys, scores)
+    predictions = task.join(items, *task.merge(found))
+    return predictions.assign(name=task.items[predictions["item"]])
 
 
 def measure(task: Task, predictions: pd.DataFrame, seed: int) -> dict[str, dict[str, Any]]:
@@ -156,24 +179,29 @@ def measure(task: Task, predictions: pd.DataFrame, seed: int) -> dict[str, dict[
     return out
 
 
-def _add_baselines(
-    metrics: dict[str, dict[str, Any]], task: Task, tokenizer: Any, split: Split, predictions: pd.DataFrame, config: Any
-) -> None:
-    """Adds to `metrics` what baselines make of the same split, over the same items."""
+def add_baselines(result: SplitResult, task: Task, tokenizer: Any, split: Split, config: Any) -> None:
+    """Adds to the metrics of a split, and to its model's card, what baselines make of the same items."""
+    from .finetuning_report import write_card
+
+    wanted = BASELINES if config.baselines else BASELINES[:1]
+    if not result.metrics or all(name in models for models in result.metrics.values() for name in wanted):
+        return
+    rng = np.random.default_rng(config.seed)
     train = split.train | split.validation
+    if not task.per_gene and train.sum() > MAX_BASELINE_CELLS:
+        train = np.isin(np.arange(len(train)), rng.permutation(np.flatnonzero(train))[:MAX_BASELINE_CELLS])
     test = np.zeros_like(split.test)
-    test[predictions["item"]] = True
-    options = {"layer": config.layer, "gene_ids": config.gene_ids}
-    features = task.baseline_features(tokenizer, train, test, options)
+    test[result.predictions["item"]] = True
+    features = None
+    if config.baselines:
+        features = task.baseline_features(tokenizer, train, test, {"layer": config.layer, "gene_ids": config.gene_ids})
+    x_train, x_test = features or (np.zeros((train.sum(), 1)), np.zeros((test.sum(), 1)))
     for label, classes in task.classes.items():
         names = task.labels(label)
         known_train, known_test = (names[mask] != UNLABELLED for mask in (train, test))
-        for name in tqdm(BASELINES, desc=f"baselines for {label}", leave=False):
+        for name in tqdm(wanted, desc=f"baselines for {label}", leave=False):
             if features is None and name != "majority":
                 continue
-            x_train, x_test = (
-                features if features is not None else (np.zeros((train.sum(), 1)), np.zeros((test.sum(), 1)))
-            )
             scores = baseline_scores(
                 name,
                 x_train[known_train],
@@ -181,5 +209,10 @@ def _add_baselines(
                 x_test[known_test],
                 classes,
                 seed=config.seed,
+                n_jobs=config.cpu_threads,
             )
-            metrics[label][name] = classification_metrics(names[test][known_test], scores, classes, seed=config.seed)
+            result.metrics[label][name] = classification_metrics(
+                names[test][known_test], scores, classes, seed=config.seed
+            )
+    result.save(dataclasses.replace(config, output=str(result.folder)))
+    write_card(task, config, result)

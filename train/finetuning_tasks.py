@@ -19,10 +19,11 @@ from cellglot.tokenization.count_matrix import open_counts
 from cellglot.tokenization.gene_masking import IGNORED_LABEL
 
 from .expression_features import log_expression, variable_genes
-from .finetuning_data import UNLABELLED, CellTable, LabelledGeneList
+from .finetuning_data import CellTable, LabelledGeneList
 from .labelled_examples import LabelCollator, LabelledCells, LabelledGenes, balanced_weights
+from .splits import UNLABELLED
 
-# Cells whose expression the baselines of gene labels see at the most
+# Cells whose expression the baselines see at the most
 MAX_BASELINE_CELLS = 20_000
 
 
@@ -48,11 +49,18 @@ class Task(Protocol):
     def collator(self, pad_token_id: int, train: np.ndarray | None, class_weights: str) -> LabelCollator: ...
 
     def predicted(self, batch: dict[str, Any], logits: Any, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(keys, scores) of the items of a batch, to be joined by `join`."""
+        """(keys, scores) of the items of a batch, to be put together by `merge`."""
+        ...
+
+    def merge(self, found: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        """(keys, scores) of several batches as of one."""
         ...
 
     def join(self, items: np.ndarray, keys: np.ndarray, scores: np.ndarray) -> pd.DataFrame:
-        """One row a marked item that was predicted: item, and a column LABEL:CLASS of probabilities for each class."""
+        """One row a marked item that was predicted: item, and a column LABEL:CLASS of probabilities for each class.
+
+        keys, scores  of `merge`
+        """
         ...
 
     def baseline_features(
@@ -99,7 +107,8 @@ class CellTask:
 
     def model_options(self) -> dict[str, Any]:
         if len(self.columns) > 1:
-            return {"tasks": self.classes}
+            # All of them: the model that is started from may have been of one label, or of others.
+            return {"tasks": self.classes, "task_weights": None, "label_name": None}
         return _one_label(self.columns[0], self.classes[self.columns[0]])
 
     def _of_model(self, numbers: np.ndarray) -> np.ndarray:
@@ -114,13 +123,18 @@ class CellTask:
         weights = None
         if train is not None and class_weights == "balanced":
             most = max(len(names) for names in self.classes.values())
-            weights = np.stack([balanced_weights(column[train], most) for column in self._numbers.T])
+            counts = [np.bincount(column[train & (column >= 0)], minlength=most) for column in self._numbers.T]
+            weights = np.stack([balanced_weights(of_task) for of_task in counts])
             weights = weights if len(self.columns) > 1 else weights[0]
         return LabelCollator(pad_token_id, per_gene=False, class_weights=weights)
 
     def predicted(self, batch: dict[str, Any], logits: Any, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         parts = logits if isinstance(logits, tuple) else (logits,)
         return examples, np.concatenate([softmax(part.float().cpu().numpy()) for part in parts], axis=1)
+
+    def merge(self, found: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        keys, scores = zip(*found, strict=True)
+        return np.concatenate(keys), np.concatenate(scores)
 
     def join(self, items: np.ndarray, keys: np.ndarray, scores: np.ndarray) -> pd.DataFrame:
         index = np.flatnonzero(items)[keys]
@@ -140,7 +154,7 @@ class CellTask:
             for i, source in enumerate(cells.sources)
         ]
         x = variable_genes(sp.csr_matrix(sp.vstack(blocks)), train[wanted])
-        return x[train[wanted]], x[test[wanted]]
+        return x[train[wanted]].astype(np.float32), x[test[wanted]].astype(np.float32)
 
 
 class GeneTask:
@@ -148,32 +162,39 @@ class GeneTask:
 
     per_gene = True
 
-    def __init__(self, cells: CellTable, genes: LabelledGeneList, name: str, vocabulary_size: int):
+    def __init__(
+        self, cells: CellTable, genes: LabelledGeneList, name: str, vocabulary_size: int, min_per_class: int = 0
+    ):
         self.genes, self.name = genes, name
         self.items = genes.names.astype(str)
-        self.classes = {name: sorted(set(genes.labels))}
-        number = {label: i for i, label in enumerate(self.classes[name])}
-        self._numbers = np.array([number[label] for label in genes.labels], dtype=np.int64)
         self.vocabulary_size = vocabulary_size
         self._item_of_token = np.full(vocabulary_size, -1)
         self._item_of_token[genes.tokens] = np.arange(len(genes.tokens))
         holds = np.zeros(len(cells.tokens), dtype=bool)
-        seen = np.zeros(len(genes.tokens), dtype=bool)
+        # Cells that hold each labelled gene
+        self.n_cells_g = np.zeros(len(genes.tokens), dtype=np.int64)
         for i, ids in enumerate(cells.tokens["input_ids"]):
             found = self._item_of_token[ids]
             found = found[found >= 0]
             holds[i] = len(found) > 0
-            seen[found] = True
-        if not seen.any():
-            raise ValueError(
-                f"None of the {len(seen):,} labelled genes is expressed in the {len(holds):,} cells of the data."
-            )
+            self.n_cells_g[found] += 1
         # A gene that no cell holds can be neither learned nor predicted.
-        self.expressed = seen
+        names, counts = np.unique(genes.labels[self.n_cells_g > 0].astype(str), return_counts=True)
+        self.classes = {name: [str(label) for label in names[counts >= max(min_per_class, 1)]]}
+        if len(self.classes[name]) < 2:
+            raise ValueError(
+                f"Of {len(genes.tokens):,} labelled genes, {int((self.n_cells_g > 0).sum()):,} are expressed in the "
+                f"{len(holds):,} cells of the data; they have {len(self.classes[name])} labels with "
+                f"{max(min_per_class, 1)} genes or more, expected two."
+            )
+        usable = (self.n_cells_g > 0) & np.isin(genes.labels.astype(str), self.classes[name])
+        self._labels = np.where(usable, genes.labels, UNLABELLED).astype(str)
+        number = {label: i for i, label in enumerate(self.classes[name])}
+        self._numbers = np.array([number.get(label, IGNORED_LABEL) for label in self._labels], dtype=np.int64)
         self.cells = cells.select(holds)
 
     def labels(self, name: str) -> np.ndarray:
-        return np.where(self.expressed, self.genes.labels, UNLABELLED)
+        return self._labels
 
     def model_class(self) -> Any:
         return GeneformerForTokenClassification
@@ -190,23 +211,32 @@ class GeneTask:
         weights = None
         if train is not None and class_weights == "balanced":
             # By occurrence: a gene in many cells is met often.
-            met = np.zeros(self.vocabulary_size, dtype=np.int64)
-            for ids in self.cells.tokens["input_ids"]:
-                met[ids] += 1
-            numbers = np.repeat(self._numbers[train], met[self.genes.tokens[train]])
-            weights = balanced_weights(numbers, len(self.classes[self.name]))
+            met = np.bincount(
+                self._numbers[train], weights=self.n_cells_g[train], minlength=len(self.classes[self.name])
+            )
+            weights = balanced_weights(met)
         return LabelCollator(pad_token_id, per_gene=True, class_weights=weights)
 
     def predicted(self, batch: dict[str, Any], logits: Any, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         asked = batch["labels"] != IGNORED_LABEL
         keys = self._item_of_token[batch["input_ids"][asked].cpu().numpy()]
-        return keys, softmax(logits[asked].float().cpu().numpy())
+        scores = softmax(logits[asked].float().cpu().numpy())
+        # The last column counts occurrences.
+        return self.merge([(keys, np.column_stack([scores, np.ones(len(scores))]))])
+
+    def merge(self, found: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        """Sums over occurrences: what is kept does not grow with the number of cells."""
+        keys, scores = zip(*found, strict=True)
+        genes, index = np.unique(np.concatenate(keys), return_inverse=True)
+        sums = np.zeros((len(genes), len(self.classes[self.name]) + 1))
+        np.add.at(sums, index, np.concatenate(scores))
+        return genes, sums
 
     def join(self, items: np.ndarray, keys: np.ndarray, scores: np.ndarray) -> pd.DataFrame:
         """A gene's probabilities are the mean over the cells that hold it."""
         columns = [f"{self.name}:{label}" for label in self.classes[self.name]]
-        of_gene = pd.DataFrame(scores, columns=columns).groupby(keys)
-        return of_gene.mean().assign(n_cells=of_gene.size()).rename_axis("item").reset_index()
+        table = pd.DataFrame(scores[:, :-1] / scores[:, -1:], columns=columns)
+        return table.assign(item=keys, n_cells=scores[:, -1].astype(int))
 
     def baseline_features(
         self, tokenizer: Any, train: np.ndarray, test: np.ndarray, options: dict[str, Any]
@@ -229,7 +259,9 @@ class GeneTask:
 def _one_label(name: str, classes: list[str]) -> dict[str, Any]:
     """Options of the configuration of a classifier of one label."""
     numbers = {label: i for i, label in enumerate(classes)}
-    return {"id2label": dict(enumerate(classes)), "label2id": numbers, "label_name": name}
+    # All of them: the model that is started from may have been of other labels, or of several.
+    options = {"id2label": dict(enumerate(classes)), "label2id": numbers, "label_name": name}
+    return {**options, "tasks": None, "task_weights": None}
 
 
 def _log_expression(source: Any, positions: np.ndarray, tokenizer: Any, options: dict[str, Any]) -> sp.csr_matrix:

@@ -73,12 +73,11 @@ class LabelCollator:
         return tensors
 
 
-def balanced_weights(labels: np.ndarray, n_classes: int) -> np.ndarray:
+def balanced_weights(counts: np.ndarray) -> np.ndarray:
     """(classes,) float32 weights inverse to frequency, of mean 1 over the labelled items; 1 for a class without any.
 
-    labels  (items,) class numbers, -100 where unknown
+    counts  (classes,) labelled items of each class
     """
-    counts = np.bincount(labels[labels != IGNORED_LABEL], minlength=n_classes)
     n_present = max((counts > 0).sum(), 1)
     weights = counts.sum() / (n_present * np.maximum(counts, 1))
     return np.where(counts > 0, weights, 1.0).astype(np.float32)

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -95,7 +96,7 @@ class LoopConfig:
 
 # Options that may differ when a run is resumed, because the losses do not depend on them
 FREE_OPTIONS = {"output", "resume", "overwrite", "max_tokens", "log_every", "eval_every", "save_every", "keep_last"}
-FREE_OPTIONS |= {"trackers", "num_workers", "cpu_threads", "gradient_checkpointing", "report", "cell_type"}
+FREE_OPTIONS |= {"trackers", "num_workers", "cpu_threads", "gradient_checkpointing", "report", "cell_type", "baselines"}
 
 
 class RunError(ValueError):
@@ -148,23 +149,24 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
 
 
 def prepare_output(config: LoopConfig, accelerator: Accelerator) -> Path:
-    """The output folder, checked: empty, or resumed, or to be overwritten.
+    """The output folder, checked: empty, or resumed, or an earlier run's that is put aside until `keep_output`.
 
-    Raises  FileExistsError if it holds a run and neither resume nor overwrite is set
+    Raises  FileExistsError if it holds a run that has begun and neither resume nor overwrite is set, or other files
     """
-    import shutil
-
     output = Path(config.output)
     if accelerator.is_main_process:
         holds_run = (output / "run.json").exists()
         if holds_run and config.overwrite:
-            shutil.rmtree(output)
-        elif output.exists() and any(output.iterdir()) and not config.resume:
-            what = "an earlier run" if holds_run else "files that are no run of this script"
-            mend = (
-                "--resume to go on with it, --overwrite to start anew, or another --output" if holds_run else "--output"
+            shutil.rmtree(_put_aside(output), ignore_errors=True)
+            os.rename(output, _put_aside(output))
+        elif holds_run and not config.resume and any(output.glob("**/metrics.jsonl")):
+            # (A run that never came to train, for an error in its options, gives way to the corrected command.)
+            raise FileExistsError(
+                f"{output} holds an earlier run. Pass --resume to go on with it, --overwrite to start anew, or another "
+                "--output."
             )
-            raise FileExistsError(f"{output} holds {what}. Pass {mend}.")
+        elif not holds_run and output.exists() and any(output.iterdir()):
+            raise FileExistsError(f"{output} holds files that are no run of this script. Pass another --output.")
         output.mkdir(parents=True, exist_ok=True)
         remove_partial(output / "checkpoints")
         if not (output / "run.json").exists():
@@ -174,11 +176,25 @@ def prepare_output(config: LoopConfig, accelerator: Accelerator) -> Path:
     return output
 
 
+def keep_output(output: Path, accelerator: Accelerator) -> None:
+    """Removes the run that was put aside: data and options of the new one are sound."""
+    if accelerator.is_main_process:
+        shutil.rmtree(_put_aside(output), ignore_errors=True)
+
+
 def abandon_output(output: Path, accelerator: Accelerator) -> None:
-    """Lets the same command be given again after its data could not be prepared: the folder is no longer a run."""
-    prepared = (output / "data" / "data.json").exists() or list_checkpoints(output / "checkpoints")
-    if accelerator.is_main_process and not prepared:
+    """Undoes `prepare_output` after an error in data or options: an earlier run comes back."""
+    if not accelerator.is_main_process:
+        return
+    if _put_aside(output).exists():
+        shutil.rmtree(output, ignore_errors=True)
+        os.rename(_put_aside(output), output)
+    elif not (output / "data" / "data.json").exists() and not list_checkpoints(output / "checkpoints"):
         (output / "run.json").unlink(missing_ok=True)
+
+
+def _put_aside(output: Path) -> Path:
+    return output.with_name(f".replaced-{output.name}")
 
 
 def train(

@@ -1,11 +1,12 @@
 """A complete model directory: config, weights, tokenizer, code for the trust route, card, metrics. Whole or absent."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .config import write_json
 
 
 def write_model_directory(
@@ -24,7 +25,7 @@ def write_model_directory(
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
-    (partial / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(partial / "metrics.json", report)
     for name, source in files.items():
         shutil.copyfile(source, partial / name)
     if path.exists():

@@ -23,6 +23,7 @@ from cellglot.train.loop import (
     RunError,
     abandon_output,
     close,
+    keep_output,
     make_accelerator,
     mean_loss,
     prepare_output,
@@ -112,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         except BaseException:
             abandon_output(output, accelerator)
             raise
+        keep_output(output, accelerator)
     except (ValueError, OSError) as error:
         sys.exit(f"pretrain.py: {error}")
     lengths = np.asarray(data.train["length"])

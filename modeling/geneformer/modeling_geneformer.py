@@ -307,7 +307,8 @@ class GeneformerPreTrainedModel(PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         encoder = ("embeddings.", "encoder.", "bert.embeddings.", "bert.encoder.")
-        missing = sorted(key for key in info["missing_keys"] if key.startswith(encoder))
+        mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+        missing = sorted(key for key in {*info["missing_keys"], *mismatched} if key.startswith(encoder))
         if missing:
             # transformers would go on with random weights in their place.
             raise ValueError(
@@ -324,7 +325,8 @@ class GeneformerPreTrainedModel(PreTrainedModel):
         import transformers
 
         config: Any = self.config
-        if self._bert_class is None or (hasattr(self, "classifier") and config.classifier_pooling != "first"):
+        pools = self._bert_class == "BertForSequenceClassification"
+        if self._bert_class is None or (pools and config.classifier_pooling != "first"):
             raise TypeError(
                 f"BERT has no counterpart of {type(self).__name__}"
                 f"{'' if self._bert_class is None else ' with classifier_pooling=' + repr(config.classifier_pooling)}."
@@ -440,6 +442,8 @@ class GeneformerModel(GeneformerPreTrainedModel):
                 f"A packed batch (cu_seqlens) has one row and no attention_mask; found {genes.shape[0]} rows"
                 f"{'' if attention_mask is None else ' and a mask'}."
             )
+        if int(cu_seqlens.diff().min()) < 1:
+            raise ValueError("A packed batch has no empty cells, but cu_seqlens has equal neighbours: leave them out.")
         if kwargs.get("output_attentions"):
             raise ValueError("Attention weights of packed cells do not form one tensor; pad the cells instead.")
 
@@ -611,6 +615,8 @@ class GeneformerForMultiTaskSequenceClassification(GeneformerClassifier):
     def __init__(self, config: GeneformerConfig):
         if not config.tasks:
             raise ValueError("Expected config.tasks, e.g. {'cell_type': ['B', 'T'], 'condition': ['ctrl', 'stim']}.")
+        # As the configuration sorts them when it is loaded
+        config.tasks = dict(sorted(config.tasks.items()))
         super().__init__(config, add_pooling_layer=config.classifier_pooling == "first")
         # Not by name: a module's name cannot hold a dot, a column's can.
         self.classifiers = nn.ModuleList(nn.Linear(config.hidden_size, len(labels)) for labels in config.tasks.values())

@@ -6,6 +6,7 @@ most `max_tokens` padded tokens a batch.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -54,6 +55,8 @@ def open_every_cell(
     if encode_options.get("empty_cells", "keep") == "drop" or encode_options.get("cells") is not None:
         raise ValueError("Results are one row a cell: select cells before, not with empty_cells= or cells=.")
 
+    check_encode_options(encode_options)
+
     @contextlib.contextmanager
     def opened() -> Iterator[CountMatrix]:
         with open_counts(adata_or_path, layer=counts_layer) as matrix:
@@ -66,6 +69,17 @@ def open_every_cell(
             yield matrix
 
     return opened()
+
+
+def check_encode_options(encode_options: dict[str, Any]) -> None:
+    """Raises ValueError for options that `RankValueTokenizer.iter_encoded` does not have."""
+    from .tokenization.rank_value import RankValueTokenizer
+
+    parameters = inspect.signature(RankValueTokenizer.iter_encoded).parameters.values()
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    unknown = [name for name in encode_options if name not in known]
+    if unknown:
+        raise ValueError(f"There is no option {unknown[0]!r}; those of tokenization are {', '.join(known)}.")
 
 
 def encoded_blocks(
@@ -96,6 +110,13 @@ def padded_batches(
         ids = np.full((len(chosen), longest), tokenizer.pad_token_id, dtype=np.int64)
         for row, cell in zip(ids, chosen, strict=True):
             row[: lengths[cell]] = cells[cell]
+        if ids.max() >= len(tokenizer) or ids.min() < 0:
+            # A GPU would only say that an assertion failed, and be of no more use to this process.
+            bad = ids[(ids >= len(tokenizer)) | (ids < 0)][0]
+            raise ValueError(
+                f"A cell has the token {bad:,}, but the vocabulary has {len(tokenizer):,}: it was encoded by another "
+                "tokenizer."
+            )
         input_ids = torch.from_numpy(ids).to(device)
         yield chosen, input_ids, (input_ids != tokenizer.pad_token_id).long()
         start += len(chosen)

@@ -39,12 +39,10 @@ def run(options: argparse.Namespace) -> None:
 
     Raises  ValueError, OSError, ImportError for what a user can mend
     """
-    import torch
     import transformers
 
     from .embedding import embed_cells
-    from .loading import find_tokenizer
-    from .modeling.geneformer import GeneformerModel
+    from .loading import find_tokenizer, load_encoder
 
     if options.quiet:
         transformers.utils.logging.disable_progress_bar()
@@ -54,13 +52,7 @@ def run(options: argparse.Namespace) -> None:
         raise ImportError(f"--umap needs {' and '.join(missing)}: pip install 'cellglot[train]'")
     labels = _column(options.cells, options.color) if options.color else None
     tokenizer = find_tokenizer(options.tokenizer or options.model)
-    model = GeneformerModel.from_pretrained(options.model)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        # torch without CUDA says so with an assertion.
-        raise ValueError(f"--device {device} cannot be used: {error}") from error
+    model = load_encoder(options.model, options.device)
     shared = {
         "layer": options.layer,
         "counts_layer": options.counts_layer,
@@ -114,16 +106,17 @@ def _column(cells: Path, name: str) -> np.ndarray:
 
 def _draw_umap(embedded: Path, key: str, labels: np.ndarray | None, figure: Path) -> int:
     """Draws the cells that have an embedding, and returns how many they are."""
-    from .embedding_files import read_embeddings
+    from .embedding_files import count_embeddings, read_embeddings
     from .figures import plot_umap, save_figure, umap_coordinates
 
-    embeddings = read_embeddings(embedded, key)[1]
-    cells = np.flatnonzero(~np.isnan(embeddings[:, 0]))
-    if len(cells) > UMAP_CELLS:
-        cells = np.sort(np.random.default_rng(0).permutation(cells)[:UMAP_CELLS])
+    n = count_embeddings(embedded, key)
+    cells = np.sort(np.random.default_rng(0).permutation(n)[:UMAP_CELLS])
+    embeddings = read_embeddings(embedded, key, cells)[1]
+    filled = ~np.isnan(embeddings[:, 0])
+    cells, embeddings = cells[filled], embeddings[filled]
     if len(cells) < 4:
         raise ValueError(f"A UMAP needs 4 cells with genes of the vocabulary at least, found {len(cells)}.")
-    coordinates = umap_coordinates(embeddings[cells])
+    coordinates = umap_coordinates(embeddings)
     save_figure(plot_umap(coordinates, None if labels is None else labels[cells].tolist()), figure)
     return len(cells)
 

@@ -37,22 +37,50 @@ def embedding_writer(
     return _h5ad_writer(output, source, key, width, overwrite)
 
 
-def read_embeddings(path: str | os.PathLike, key: str = "X_geneformer") -> tuple[list[str], np.ndarray]:
-    """Names of cells and their embeddings, (cells, width) float32, from an output of `embed_cells`."""
+def count_embeddings(path: str | os.PathLike, key: str = "X_geneformer") -> int:
+    """Cells in an output of `embed_cells`."""
+    if Path(path).suffix == ".h5ad":
+        import h5py
+
+        with h5py.File(path, "r") as file:
+            return file[f"obsm/{key}"].shape[0]  # type: ignore[union-attr]
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path).num_rows
+
+
+def read_embeddings(
+    path: str | os.PathLike, key: str = "X_geneformer", rows: np.ndarray | None = None
+) -> tuple[list[str], np.ndarray]:
+    """Names of cells and their embeddings, (cells, width) float32, from an output of `embed_cells`.
+
+    rows  ascending positions of the cells to read; all if absent
+    """
     if Path(path).suffix == ".h5ad":
         import h5py
         from anndata.io import read_elem
 
         with h5py.File(path, "r") as file:
             read: Any = read_elem
-            obs, rows = read(file["obs"]), read(file[f"obsm/{key}"])
-            return [str(name) for name in obs.index], rows
+            obs, embeddings = read(file["obs"]), file[f"obsm/{key}"]
+            names = obs.index if rows is None else obs.index[rows]
+            return [str(name) for name in names], embeddings[:] if rows is None else embeddings[rows]  # type: ignore[index]
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=["cell", key])
-    width = table.schema.field(key).type.list_size
-    blocks = [chunk.flatten().to_numpy().reshape(-1, width) for chunk in table.column(key).chunks]
-    return table.column("cell").to_pylist(), np.concatenate([np.empty((0, width), np.float32), *blocks])
+    names, blocks, start = [], [], 0
+    with pq.ParquetFile(path) as file:
+        width = file.schema_arrow.field(key).type.list_size
+        # A row group at a time, of which only the rows asked for are kept
+        for i in range(file.num_row_groups):
+            group = file.read_row_group(i, columns=["cell", key])
+            stop = start + group.num_rows
+            if rows is not None:
+                group = group.take(pa.array(rows[(rows >= start) & (rows < stop)] - start))
+            names += group.column("cell").to_pylist()
+            blocks += [chunk.flatten().to_numpy().reshape(-1, width) for chunk in group.column(key).chunks]
+            start = stop
+    return names, np.concatenate([np.empty((0, width), np.float32), *blocks])
 
 
 @contextlib.contextmanager

@@ -44,11 +44,15 @@ def plot_umap(coordinates: np.ndarray, labels: Sequence[str] | None = None, ax: 
 
 
 def save_figure(ax: Any, path: Path) -> None:
-    """Writes the figure of `ax` as PNG and closes it."""
+    """Writes the figure of `ax` in the format of the path's suffix (PNG, PDF, SVG, ...) and closes it."""
     import matplotlib.pyplot as plt
 
+    formats = ax.figure.canvas.get_supported_filetypes()
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in formats:
+        raise ValueError(f"{path}: expected a figure's name to end in one of {', '.join(formats)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
-    ax.figure.savefig(partial, dpi=144, bbox_inches="tight", format="png")
+    ax.figure.savefig(partial, dpi=144, bbox_inches="tight", format=kind)
     partial.replace(path)
     plt.close(ax.figure)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .cell_stream import MAX_TOKENS, check_model, encoded_blocks, evaluating, padded_batches
+from .cell_stream import MAX_TOKENS, check_encode_options, check_model, encoded_blocks, evaluating, padded_batches
 from .embedding import layers_to_run
 from .tokenization.count_matrix import open_counts
 from .tokenization.gene_ids import examples
@@ -40,6 +40,7 @@ def embed_genes(
     Raises          ValueError for genes that are not in the vocabulary, and as `embed_cells`
     """
     encoder = check_model(model, tokenizer)
+    check_encode_options(encode_options)
     chosen = tokenizer.gene_token_ids if genes is None else _token_ids(genes, tokenizer)
     sums = _TokenSums(encoder, tokenizer, layers_to_run(encoder, layer), np.unique(chosen))
     with open_counts(adata_or_path, layer=counts_layer) as matrix:

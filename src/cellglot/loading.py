@@ -26,6 +26,25 @@ def find_tokenizer(path: str, revision: str = "main") -> Any:
         ) from error
 
 
+def load_encoder(path: str, device: str | None = None) -> Any:
+    """The encoder of the Geneformer at a path, on a device ("cpu", "cuda:1", ...); None: a GPU where there is one.
+
+    Raises  ValueError for a device that cannot be used, or another architecture; OSError
+    """
+    import torch
+
+    from .modeling.geneformer import GeneformerModel
+
+    model = GeneformerModel.from_pretrained(path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        # torch without CUDA says so with an assertion.
+        raise ValueError(f"--device {device} cannot be used: {error}") from error
+    return model
+
+
 class EncoderLoader:
     """Loads the encoder of any Geneformer for `pipeline("cell-embedding", model=DIR)`."""
 

@@ -49,7 +49,8 @@ def cell_classifier(pooling, **options):
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_padding_and_packing_do_not_change_a_cell_s_class(pooling):
     ids, mask, _ = tiny_batch()
-    for model in (cell_classifier(pooling), make(GeneformerForMultiTaskSequenceClassification, tasks=TASKS)):
+    several = make(GeneformerForMultiTaskSequenceClassification, tasks=TASKS, classifier_pooling=pooling)
+    for model in (cell_classifier(pooling), several):
         with torch.no_grad():
             alone = [model(ids[i : i + 1, :n]).logits for i, n in enumerate(LENGTHS)]
             for logits in (model(ids, mask).logits, model(packed(ids), cu_seqlens=CU_SEQLENS).logits):
@@ -121,7 +122,7 @@ def test_multi_task_loss_is_the_weighted_mean_over_tasks_and_cells():
         (GeneformerForSequenceClassification, {"num_labels": 3}),
         (GeneformerForSequenceClassification, {"num_labels": 3, "classifier_pooling": "mean"}),
         (GeneformerForTokenClassification, {"num_labels": 3}),
-        (GeneformerForMultiTaskSequenceClassification, {"tasks": {"a": ["x", "y", "z"]}}),
+        (GeneformerForMultiTaskSequenceClassification, {"tasks": {"a": ["x", "y", "z"], "b": ["u", "v", "w"]}}),
     ],
 )
 def test_every_parameter_gets_a_gradient_and_few_cells_are_learned_by_heart(model_class, options):
@@ -132,7 +133,7 @@ def test_every_parameter_gets_a_gradient_and_few_cells_are_learned_by_heart(mode
     if model_class is GeneformerForTokenClassification:
         labels = torch.where(mask.bool(), ids % 3, -100)
     elif model_class is GeneformerForMultiTaskSequenceClassification:
-        labels = labels[:, None]
+        labels = torch.stack([labels, labels.flip(0)], dim=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(100):
         loss = model(ids, mask, labels=labels).loss
@@ -167,6 +168,24 @@ def test_export_to_bert_and_back_is_the_same_model(model_class, tmp_path):
     assert back.config.id2label == model.config.id2label
     with pytest.raises(FileExistsError, match="not empty"):
         model.export_to_bert(tmp_path / "bert")
+
+
+def test_tasks_keep_their_classifiers_whatever_order_they_are_given_in(tmp_path):
+    make(GeneformerForMaskedLM).save_pretrained(tmp_path / "pretrained")
+    tasks = {"z": ["1", "2", "3"], "a": ["x", "y"]}
+    model = GeneformerForMultiTaskSequenceClassification.from_pretrained(tmp_path / "pretrained", tasks=tasks).eval()
+    model.save_pretrained(tmp_path / "model")
+    back = GeneformerForMultiTaskSequenceClassification.from_pretrained(tmp_path / "model")
+    ids, mask, _ = tiny_batch()
+    with torch.no_grad():
+        for a, b in zip(model(ids, mask).logits, back(ids, mask).logits, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_packed_batch_with_an_empty_cell_is_refused():
+    ids, _, _ = tiny_batch()
+    with pytest.raises(ValueError, match="no empty cells"):
+        cell_classifier("mean")(packed(ids), cu_seqlens=torch.tensor([0, 13, 13, sum(LENGTHS)]))
 
 
 def test_models_without_a_counterpart_in_bert_say_so(tmp_path):

@@ -118,6 +118,7 @@ MALICE = {
     "subclass": (lambda f: collections.OrderedDict(a=1), "collections.OrderedDict"),
     "default factory": (lambda f: collections.defaultdict(os.getcwd), "collections.defaultdict"),
     "bytearray": (lambda f: bytearray(b"abc"), "bytearray|BYTEARRAY8"),
+    "keys of one hash": (lambda f: {k * (2**61 - 1): 1 for k in range(1, 9)}, "Expected whole numbers below"),
     "tuple key": (lambda f: {("a", "b"): 1}, "Expected names or numbers as keys, found a tuple"),
     "encoder": (lambda f: Call(__import__("_codecs").encode, "a" * 9, "zlib"), "Expected bytes written as Latin-1"),
     "too many arguments": (lambda f: Call(set, [1], [2]), "Wrong arguments"),

@@ -39,7 +39,7 @@ def run(tmp_path, patience, interrupt_at=None, **options):
     model, seen = Drifting(), {}
 
     def validate(bare):
-        # The optimizer's step count, read off the weights: each step moves them the same way.
+        # One validation a step
         step = len(seen) + first
         seen[step] = bare.weight.detach().clone()
         if step == interrupt_at:
@@ -87,3 +87,16 @@ def test_a_run_that_stopped_early_stays_stopped(tmp_path):
 def test_patience_without_validations_is_refused():
     with pytest.raises(ValueError, match="set eval_every"):
         LoopConfig(patience=2)
+
+
+def test_a_loss_that_is_no_number_is_no_improvement(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.LOSSES", (3.0, float("nan"), 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0))
+    model, result, seen = run(tmp_path, patience=3)
+    assert (result.step, result.best_step) == (4, 1)
+    assert torch.equal(model.weight, seen[1])
+
+
+def test_without_any_number_there_is_nothing_to_keep(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.LOSSES", (float("nan"),) * 9)
+    with pytest.raises(FloatingPointError, match="finite"):
+        run(tmp_path, patience=3)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -62,7 +63,8 @@ def arguments(files, output, **options):
 
 def run(files, output, **options):
     finetune.main(arguments(files, output, **options))
-    return json.loads((output / "metrics.json").read_text())
+    # Strict: NaN is no JSON.
+    return json.loads((output / "metrics.json").read_text(), parse_constant=pytest.fail)
 
 
 def refused(files, output, capsys, **options):
@@ -220,12 +222,31 @@ def test_adapters_train_over_quantized_weights(files, tmp_path, bits):
     assert torch.equal(before[name], after[name])
 
 
-def test_a_search_tries_and_then_trains_with_the_best(files, tmp_path, capsys):
+def test_a_search_tries_and_then_trains_with_the_best_and_goes_on(files, tmp_path, capsys):
+    def losses():
+        out = capsys.readouterr().out
+        return [float(line.split()[-1]) for line in out.splitlines() if line.startswith("trial ")]
+
     run(files, tmp_path / "run", search_trials=2, epochs=1)
+    first = losses()
     best = json.loads((tmp_path / "run" / "trials" / "best.json").read_text())
     record = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert {key: record[key] for key in best["params"]} == best["params"]
-    assert capsys.readouterr().out.count("trial ") == 2
+    assert len(first) == 2
+    assert best["validation_loss"] == pytest.approx(min(first), abs=1e-3)
+    assert not (tmp_path / "run" / "trials" / "0" / "checkpoints").exists()
+    # As if stopped before the training itself: a third trial, not one of the first again
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    run(files, tmp_path / "run", search_trials=3, epochs=1, resume="true")
+    third = losses()
+    assert len(third) == 1
+    assert third[0] not in first
+
+
+def test_a_search_survives_trials_that_diverge(files, tmp_path, capsys):
+    message = refused(files, tmp_path / "run", capsys, search_trials=2, epochs=1, learning_rate=1e30)
+    assert "all 2 trials diverged" in message
 
 
 def test_an_untrained_network_of_other_depth(files):
@@ -261,8 +282,8 @@ def test_a_run_of_folds_goes_on_after_the_finished_ones(files, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_predict_what_one_does(files, tmp_path):
-    one = run(files, tmp_path / "one", epochs=1)
-    words = arguments(files, tmp_path / "two", epochs=1)
+    one = run(files, tmp_path / "one", epochs=1, learning_rate=3e-4)
+    words = arguments(files, tmp_path / "two", epochs=1, learning_rate=3e-4)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train/finetune.py")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*command, *words], env=environment, capture_output=True, text=True)
@@ -298,8 +319,7 @@ def test_what_cannot_be_fine_tuned_is_said(files, tmp_path, capsys, options, mes
 
     found = refused(files, tmp_path / "run", capsys, **options)
     assert re.search(message, found), found
-    # The folder is free again, unless training had begun.
-    assert not (tmp_path / "run" / "run.json").exists() or "freeze" in options
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_gene_tables_that_do_not_fit_are_refused(files, tmp_path, capsys):
@@ -326,3 +346,148 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(files, tmp_path, capsys):
     make_tokenizer(5).save_pretrained(tmp_path / "tokenizer")
     message = refused(files, tmp_path / "run", capsys, tokenizer=tmp_path / "tokenizer")
     assert "knows 45 tokens, its tokenizer 7" in message
+
+
+def test_without_a_test_part_all_cells_train_and_nothing_is_claimed(files, tmp_path):
+    report = run(files, tmp_path / "run", test_fraction=0, epochs=1)
+    assert report["summary"] == {}
+    assert report["splits"][0]["n_train"] == 150
+    assert run(files, tmp_path / "run", test_fraction=0, epochs=1, resume="true") == report
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "nothing is measured" in card
+    assert "model-index" not in card
+    assert not (tmp_path / "run" / "predictions.csv").exists()
+
+
+def test_a_failed_overwrite_brings_the_earlier_run_back(files, tmp_path, capsys):
+    run(files, tmp_path / "run", epochs=1)
+    before = {p.name for p in (tmp_path / "run").iterdir()}
+    assert "no column 'typo'" in refused(files, tmp_path / "run", capsys, overwrite="true", labels=["typo"])
+    assert {p.name for p in (tmp_path / "run").iterdir()} == before
+    inside = tmp_path / "run" / "model"
+    message = refused(files, tmp_path / "run", capsys, overwrite="true", model=inside)
+    assert "lies in the output folder" in message
+    assert (inside / "config.json").exists()
+    run(files, tmp_path / "run", epochs=1, overwrite="true", class_weights="balanced")
+    assert not (tmp_path / ".replaced-run").exists()
+
+
+def test_a_folder_of_something_else_is_never_touched(files, tmp_path, capsys):
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    (tmp_path / "out" / "data" / "precious.txt").write_text("mine")
+    for options in ({}, {"resume": "true"}, {"overwrite": "true"}):
+        assert "files that are no run" in refused(files, tmp_path / "out", capsys, **options)
+    assert (tmp_path / "out" / "data" / "precious.txt").read_text() == "mine"
+
+
+def test_after_an_error_in_the_options_the_corrected_command_runs(files, tmp_path, capsys):
+    assert "cannot make 9 folds" in refused(files, tmp_path / "run", capsys, split_by="donor", folds=9)
+    run(files, tmp_path / "run", split_by="donor", epochs=1)
+
+
+@pytest.mark.slow
+def test_a_changed_table_of_genes_is_not_resumed(files, tmp_path, capsys):
+    table = tmp_path / "genes.tsv"
+    lines = (files / "genes.tsv").read_text().splitlines()
+    table.write_text("\n".join(lines) + "\n")
+    options = {"gene_labels": table, "folds": 3, "pooling": None, "epochs": 1}
+    run(files, tmp_path / "run", **options)
+    (tmp_path / "run" / "fold-2" / "result.json").unlink()
+    table.write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    message = refused(files, tmp_path / "run", capsys, resume="true", **options)
+    assert "data or the table of genes have changed" in message
+
+
+def test_a_classifier_of_other_labels_can_be_started_from(files, tmp_path):
+    """Of several labels, then of one, then of genes: configuration and heads are the new ones."""
+    run(files, tmp_path / "several", labels=["cell_type", "state"], epochs=1)
+    run(files, tmp_path / "one", model=tmp_path / "several" / "model", epochs=0.2)
+    config = json.loads((tmp_path / "one" / "model" / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForSequenceClassification"].endswith("GeneformerForSequenceClassification")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "one" / "model")
+    assert model.config.tasks is None
+    assert type(model).__name__ == "GeneformerForSequenceClassification"
+    options = {"gene_labels": files / "genes.tsv", "pooling": None, "epochs": 0.2}
+    run(files, tmp_path / "genes", model=tmp_path / "one" / "model", **options)
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "genes" / "model")
+    assert model.config.label_name == "genes"
+    assert model.classifier.out_features == 2
+
+
+def test_a_half_precision_checkpoint_is_trained_in_float32(files, tmp_path):
+    from cellglot import GeneformerModel
+
+    GeneformerModel.from_pretrained(files / "model", dtype=torch.float16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(files / "model").save_pretrained(tmp_path / "half")
+    run(files, tmp_path / "run", model=tmp_path / "half", epochs=1)
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_copies_of_cells_in_other_files_are_left_out(files, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        shutil.copyfile(files / "cells.h5ad", tmp_path / "data" / f"{name}.h5ad")
+    other = synthetic_cells(50, N_GENES, seed=9)  # the same names, other cells
+    other.write_h5ad(tmp_path / "data" / "c.h5ad")
+    report = run(files, tmp_path / "run", data=tmp_path / "data", epochs=0.1)
+    facts = report["splits"][0]
+    assert facts["n_train"] + facts["n_test"] == 200
+    assert "150 cells are in another file already" in capsys.readouterr().out
+
+
+def test_rare_labels_of_genes_and_blank_ones_are_left_out(files, tmp_path, capsys):
+    text = (files / "genes.tsv").read_text().splitlines()
+    text += [f"{gene}\trare" for gene in ensembl(2, start=31)] + [f"{ensembl(1, start=33)[0]}\t "]
+    (tmp_path / "genes.tsv").write_text("\n".join(text) + "\n")
+    options = {"gene_labels": tmp_path / "genes.tsv", "pooling": None, "epochs": 0.1, "folds": 3}
+    report = run(files, tmp_path / "run", min_per_class=3, **options)
+    assert report["labels"] == {"genes": ["insensitive", "sensitive"]}
+    assert "1 without a label" in capsys.readouterr().out
+    assert "pass --min_per_class 3" in refused(files, tmp_path / "strict", capsys, **options)
+
+
+def test_cells_that_lack_one_of_several_labels_are_split_all_the_same(files, tmp_path, capsys):
+    run(files, tmp_path / "run", labels=["state", "cell_type"], folds=3, epochs=0.1)
+    # Donor 2 without any state: nothing to test there
+    import anndata as ad
+
+    cells = ad.read_h5ad(files / "cells.h5ad")
+    cells.obs["state"] = cells.obs["state"].astype(object).where(cells.obs["donor"].astype(str) != "2", None)
+    cells.write_h5ad(tmp_path / "partial.h5ad")
+    options = {"labels": ["state", "cell_type"], "split_by": "donor", "test_groups": ["2"]}
+    message = refused(files, tmp_path / "partial", capsys, data=tmp_path / "partial.h5ad", **options)
+    assert "'state': no item of the test part has a label" in message
+
+
+def test_a_finished_run_is_read_back_as_it_was(files, tmp_path):
+    import anndata as ad
+
+    cells = ad.read_h5ad(files / "cells.h5ad")
+    cells.obs_names = ["NA", *(f"{i:05d}" for i in range(1, 150))]
+    cells.write_h5ad(tmp_path / "numbers.h5ad")
+    run(files, tmp_path / "run", data=tmp_path / "numbers.h5ad", epochs=0.1)
+    before = (tmp_path / "run" / "predictions.csv").read_bytes()
+    run(files, tmp_path / "run", data=tmp_path / "numbers.h5ad", epochs=0.1, resume="true")
+    assert (tmp_path / "run" / "predictions.csv").read_bytes() == before
+    # Baselines can be had afterwards, without training again.
+    report = run(files, tmp_path / "run", data=tmp_path / "numbers.h5ad", epochs=0.1, resume="true", baselines="true")
+    assert "random forest" in report["summary"]["cell_type"]
+    assert "| random forest |" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_balanced_weights_raise_the_recall_of_a_rare_class(files, tmp_path):
+    """Few steps: without weights a class of a tenth of the cells is not predicted at all."""
+    import anndata as ad
+
+    cells = ad.read_h5ad(files / "cells.h5ad")
+    rare = np.flatnonzero(cells.obs["cell_type"] == "NK")
+    cells = cells[np.setdiff1d(np.arange(150), rare[15:])].copy()
+    cells.obs["is_nk"] = np.where(cells.obs["cell_type"] == "NK", "yes", "no")
+    cells.write_h5ad(tmp_path / "rare.h5ad")
+    recall = {}
+    for weights in ("none", "balanced"):
+        options = {"labels": ["is_nk"], "class_weights": weights, "max_steps": 12, "learning_rate": 2e-3}
+        report = run(files, tmp_path / weights, data=tmp_path / "rare.h5ad", **options)
+        recall[weights] = report["splits"][0]["metrics"]["is_nk"]["this model"]["per_class"]["yes"]["recall"]
+    assert recall["balanced"] > recall["none"]

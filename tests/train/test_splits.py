@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cellglot.train.splits import Split, check_split, held_out, k_folds
+from cellglot.train.splits import UNLABELLED, Split, check_split, held_out, joint_labels, k_folds
 
 LABELS = np.repeat(["B", "NK", "T"], [30, 12, 61])
 GROUPS = np.array([f"donor{i % 7}" for i in range(len(LABELS))])
@@ -31,12 +31,43 @@ def test_held_out_items_are_drawn_from_those_marked(fraction, seed, grouped):
     chosen = held_out(LABELS, fraction, groups=GROUPS if grouped else None, among=among, seed=seed)
     assert chosen.any()
     assert not (chosen & ~among).any()
+    # As near the fraction as labels (at least one item each, on both sides) and groups (a seventh each) allow
+    assert abs(chosen.sum() / among.sum() - fraction) < (1 / 7 if grouped else 0.05)
     rest = among & ~chosen
     assert rest.any()
     if grouped:
         assert not set(GROUPS[chosen]) & set(GROUPS[rest])
     else:
         assert set(LABELS[rest]) == set(LABELS) == set(LABELS[chosen])
+
+
+def test_one_large_group_is_not_held_out_for_a_small_part():
+    groups = np.repeat(["large", "b", "c", "d", "e"], [900, 50, 50, 60, 40])
+    labels = np.array(["x", "y"])[np.arange(len(groups)) % 2]
+    sizes = {
+        int(held_out(labels, 0.1, groups=groups, among=np.ones(len(groups), dtype=bool), seed=s).sum())
+        for s in range(8)
+    }
+    assert max(sizes) <= 165
+    assert len(sizes) > 1
+
+
+def test_groups_that_hold_all_of_a_label_stay_in_training():
+    groups = np.repeat(["a", "b", "c", "d"], 25)
+    labels = np.where(groups == "b", "only in b", np.where(np.arange(100) % 2, "x", "y"))
+    for seed in range(8):
+        chosen = held_out(labels, 0.25, groups=groups, among=np.ones(100, dtype=bool), seed=seed)
+        assert "b" not in set(groups[chosen])
+
+
+def test_several_labels_are_stratified_together_where_there_are_enough():
+    a, b = np.array(list("xxxxyyyy")), np.array(list("ppqqpppp"))
+    joined = joint_labels([a, b], least=2)
+    assert len(set(joined)) == 3
+    assert joint_labels([a, np.array(list("ppqrpppp"))], least=2)[2] == UNLABELLED
+    # What has no stratum of its own is drawn like the rest, and is no error.
+    folds = k_folds(joint_labels([a, np.array(list("ppqrpppp"))], least=2), 2)
+    assert (np.sum(folds, axis=0) == 1).all()
 
 
 def test_the_same_seed_draws_the_same_and_another_seed_others():
@@ -65,3 +96,7 @@ def test_a_fold_without_a_class_is_refused():
     with pytest.raises(ValueError, match="expected two labels or more to train on, found only 'B'"):
         check_split(Split(LABELS == "B", nothing, nothing), LABELS, "cell_type")
     check_split(Split(train, nothing, train), LABELS, "fine")
+    with pytest.raises(ValueError, match="no item of the test part has a label"):
+        check_split(Split(train, nothing, ~train), np.where(train, LABELS, UNLABELLED), "state")
+    with pytest.raises(ValueError, match="none is left to train on"):
+        held_out(LABELS, 0.1, among=nothing)

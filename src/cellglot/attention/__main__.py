@@ -4,7 +4,7 @@
     python -m cellglot.attention cells.h5ad --model DIR --gene-set n1_network.tsv --where cell_type=endothelial \\
         --random-control --output centrality
 
-Writes tables (CSV) and figures (PNG) into a new folder, which appears once it is complete.
+Writes tables (CSV) and figures (PNG) into a folder, once all of them are made.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,16 @@ OUTPUTS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 after a message about what is wrong with the input."""
     options = _parser().parse_args(arguments)
+    import torch
+
     try:
         run(options)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: {error}\nA cell at a time is all there is: encode the cells shorter, or use --device cpu.",
+            file=sys.stderr,
+        )
+        return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -51,11 +60,14 @@ def run(options: argparse.Namespace) -> None:
 
     Raises  ValueError, OSError, ImportError for what a user can mend
     """
+    if find_spec("matplotlib") is None:
+        # Said before the work, not after it.
+        raise ImportError("The figures need matplotlib: pip install 'cellglot[train]'")
     import matplotlib
     import pandas as pd
     import torch
 
-    from ..loading import find_tokenizer
+    from ..loading import find_tokenizer, load_encoder
     from ..modeling.geneformer import GeneformerModel
     from .collection import collect_attention
     from .comparison import compare_gene_sets, rank_diversity, summarize_heads
@@ -67,14 +79,13 @@ def run(options: argparse.Namespace) -> None:
     (set_name, set_genes), *others = gene_sets.items()
     background = others[0][1] if others else None
     cells, encode_options = _cells(options)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = GeneformerModel.from_pretrained(options.model)
-    runs = {"model": model.to(device)}
+    model = load_encoder(options.model, options.device)
+    runs = {"model": model}
     if options.random_control:
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)
             random_model: Any = GeneformerModel(model.config)
-        runs["random weights"] = random_model.to(device)
+        runs["random weights"] = random_model.to(model.device)
 
     comparisons, summaries = {}, []
     statistics: Any = None
@@ -110,12 +121,21 @@ def run(options: argparse.Namespace) -> None:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
         settings |= {"n_cells": statistics.n_cells, "n_skipped_cells": statistics.n_skipped}
         (partial / "settings.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        if output.is_dir():
-            shutil.rmtree(output)
-        partial.rename(output)
+        # Again: others may have put files there in the meantime.
+        _publish(partial, _checked_output(options.output, options.overwrite))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _print_summary(options, statistics, comparisons["model"], summaries, set_name, others)
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Moves the files of an analysis to their place, and removes those that an earlier one left."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in OUTPUTS:
+        if (partial / name).exists():
+            os.replace(partial / name, output / name)
+        else:
+            (output / name).unlink(missing_ok=True)
 
 
 def _print_summary(
@@ -214,9 +234,15 @@ def _cells(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     from ..tokenization.count_matrix import open_counts
 
-    if options.cells.suffix == ".parquet":
+    saved = (options.cells / "dataset_info.json").is_file()
+    if saved or options.cells.suffix == ".parquet":
         if options.where or options.counts_layer or options.gene_ids:
-            raise ValueError("--where, --counts-layer and --gene-ids apply to counts, not to a .parquet of token ids.")
+            raise ValueError("--where, --counts-layer and --gene-ids apply to counts, not to token ids.")
+        if saved:
+            import datasets
+
+            dataset: Any = datasets.load_from_disk(str(options.cells))
+            return list(dataset.with_format("numpy")["input_ids"][:]), {}
         try:
             schema = pq.read_schema(options.cells)
             if "input_ids" not in schema.names:
@@ -248,7 +274,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Attention of a Geneformer's heads to a set of genes, and to ranks: tables and figures.",
     )
     add = parser.add_argument
-    add("cells", type=Path, help="counts (.h5ad, .loom, 10x .h5 or .mtx folder), or .parquet with a column input_ids")
+    add(
+        "cells",
+        type=Path,
+        help="counts (.h5ad, .loom, 10x .h5 or .mtx folder), a .parquet or a saved dataset with a column input_ids",
+    )
     add("--model", required=True, metavar="DIR", help="model directory, of cellglot or of the original Geneformer")
     add("--tokenizer", metavar="DIR", help="tokenizer directory, if it is not the model's")
     add("--gene-set", type=Path, required=True, metavar="FILE", help="one gene a line, or a TSV of gene_id and label")

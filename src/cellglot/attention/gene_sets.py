@@ -20,12 +20,12 @@ def read_gene_sets(path: str | os.PathLike) -> dict[str, list[str]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text: expected one gene a line, or columns gene_id and label.") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if not lines:
         raise ValueError(f"{path} holds no genes: expected one gene a line, or columns gene_id and label.")
     separator = next((s for s in ("\t", ",") if s in lines[0]), None)
     if separator is None:
-        return {path.stem: list(dict.fromkeys(lines))}
+        return {path.stem: list(dict.fromkeys(line.strip() for line in lines))}
     header = [name.strip() for name in lines[0].split(separator)]
     if not {"gene_id", "label"} <= set(header):
         raise ValueError(f"{path}: expected columns gene_id and label, found {', '.join(header)}.")
