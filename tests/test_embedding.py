@@ -242,3 +242,11 @@ def test_empty_cells_keep_their_row_and_bad_counts_are_refused():
     adata.X = sp.csr_matrix(counts / 3)
     with pytest.raises(ValueError, match="looks normalized"):
         embed_cells(adata, model, tokenizer, progress=False)
+
+
+def test_options_that_are_none_and_tokens_of_another_vocabulary_are_refused():
+    model, tokenizer, adata = setup()
+    with pytest.raises(ValueError, match="There is no option 'outptu'; those of tokenization are layer, max_length"):
+        embed_cells(adata, model, tokenizer, outptu="x.parquet")
+    with pytest.raises(ValueError, match="the token 99, but the vocabulary has 33"):
+        embed_tokens([np.array([5, 99])], model, tokenizer)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cellglot import embed_cells, embedding
-from cellglot.embedding_files import read_embeddings
+from cellglot.embedding_files import count_embeddings, read_embeddings
 
 from .test_embedding import setup
 
@@ -147,3 +147,14 @@ def test_outputs_that_cannot_be(cells, tmp_path):
     with pytest.raises(OSError, match=r"nowhere.h5ad"):
         embed((tmp_path / "nowhere.h5ad", *cells[1:]), output=tmp_path / "nowhere.h5ad")
     assert left_in(tmp_path) == ["c.h5ad"]
+
+
+@pytest.mark.parametrize("name", ["e.parquet", "e.h5ad"])
+def test_some_rows_are_those_of_all(cells, tmp_path, name):
+    out = embed(cells, output=tmp_path / "some" / name)
+    all_names, all_rows = read_embeddings(out)
+    assert count_embeddings(out) == 13
+    chosen = np.array([0, 4, 5, 11])  # of a block of five each, two blocks and the last
+    names, rows = read_embeddings(out, rows=chosen)
+    assert names == [all_names[i] for i in chosen]
+    np.testing.assert_array_equal(rows, all_rows[chosen])

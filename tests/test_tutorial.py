@@ -20,7 +20,8 @@ SHORT = {
 
 
 def run_command(block):
-    words = [sys.executable, *shlex.split(block.removeprefix("accelerate launch ").removeprefix("python "))]
+    block = block.replace("\\\n", " ").removeprefix("accelerate launch ").removeprefix("python ")
+    words = [sys.executable, *shlex.split(block)]
     words = [str(ROOT / word) if word.startswith("train/") else word for word in words]
     short = next(options for name, options in SHORT.items() if any(word.endswith(name) for word in words))
     result = subprocess.run([*words, *shlex.split(short)], capture_output=True, text=True)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .perturbation.plan import plan_run
-from .perturbation.run import Effect, read_run
+from .perturbation.run import Effect, read_record, read_run
 from .perturbation.states import CellStates
+from .perturbation.targets import PerturbationReport
 
 __all__ = ["CellStates", "perturb_cells", "read_perturbations", "write_perturbations"]
 
@@ -35,7 +36,8 @@ def perturb_cells(
     """Effects of perturbing genes of cells, one row for each perturbed gene of each cell.
 
     tokens_or_adata  AnnData or a file of counts; a datasets.Dataset with column input_ids (or its saved folder); or a
-                     list of token arrays. Cells must fit the model's context; counts are encoded to fit
+                     list of token arrays. Cells must fit the model's context; counts are encoded to fit, into a
+                     temporary file
     model            a GeneformerModel, or a Geneformer with a head; runs where its weights are
     kind             "delete" drops a gene; "overexpress" moves it to the front, or inserts it there and cuts the tail
                      at the context; "activate" and "inhibit" move it up or down by `rank_shift` quartiles of the cell's
@@ -48,7 +50,9 @@ def perturb_cells(
     rank_shift       1 (if absent), 2 or 3 quartiles, for "activate" and "inhibit"
     effect           "cell": effects on cells. "gene": also on every other gene of the cell, a row each
     states           measures shifts to cell states; only cells of the start state are perturbed
-    output           folder to stream results to, and to go on from if it has some of them (`write_perturbations`)
+    output           folder to stream results to, and to go on from if it has some of them. All rows are read back
+                     for the table returned: where they may not fit in memory, as of effect="gene" with many genes,
+                     use `write_perturbations` and `mean_effects(folder)`
     options          pooling: "mean" over genes or "cls"; by default "cls" in the V2 layout.
                      max_cells, seed: perturbs a random sample of that many cells.
                      max_tokens: padded tokens of one forward pass; by default what suits the device.
@@ -63,19 +67,15 @@ def perturb_cells(
                      cosine_similarity  before and after; of a cell with "mean" pooling the mean over its genes that
                                         were not perturbed, with "cls" that of <cls>
                      shift_to_<state>   with states: cos(perturbed cell, state) - cos(cell, state), of cell embeddings
-                     `attrs["report"]` counts what was perturbed and left out.
+                     `attrs["report"]` says what was perturbed and left out, `attrs["start"]` the start state.
     Raises           ValueError for what cannot be done, FileExistsError for an output folder of something else
     """
     request = {"kind": kind, "genes": genes, "layer": layer, "anchor": anchor, "rank_shift": rank_shift}
     run = plan_run(tokens_or_adata, model, tokenizer, **request, effect=effect, states=states, **options)
     if output is None:
-        table = run.table(progress=progress)
-    else:
-        run.write(Path(output), progress=progress)
-        table = read_run(output)
-    frame = table.to_pandas()
-    frame.attrs["report"] = run.report
-    return frame
+        return _frame(run.table(progress=progress), run.record, run.report)
+    run.begun(Path(output)).write_parts(Path(output), progress=progress)
+    return read_perturbations(output)
 
 
 def write_perturbations(
@@ -84,21 +84,33 @@ def write_perturbations(
     """The folder `output`, with the rows of `perturb_cells` as Parquet parts; memory stays bounded by a batch.
 
     A run that was interrupted goes on where it stopped, to the same result, when it is started again with the same
-    model, cells and options; `max_tokens` may differ.
+    model, cells (their names too) and options; `max_tokens` may differ. `states.parquet` keeps embeddings of states.
     options  as of `perturb_cells`, and part_tokens: tokens of edited cells in a part, about
     Raises   FileExistsError for a folder that holds anything else; it is left as it is
     """
-    plan_run(tokens_or_adata, model, tokenizer, **options).write(Path(output), progress=progress)
-    return Path(output)
+    folder = Path(output)
+    plan_run(tokens_or_adata, model, tokenizer, **options).begun(folder).write_parts(folder, progress=progress)
+    return folder
 
 
 def read_perturbations(folder: str | Path, *, only_cells: bool = False) -> Any:
-    """DataFrame of a folder that `write_perturbations` finished.
+    """DataFrame of a folder that `write_perturbations` finished, as `perturb_cells` returns it.
 
     only_cells  leaves out the effects on genes, which may be many
     Raises      FileNotFoundError if parts are missing
     """
-    return read_run(folder, only_cells=only_cells).to_pandas()
+    folder = Path(folder)
+    record = read_record(folder)
+    return _frame(read_run(folder, only_cells=only_cells), record, PerturbationReport(**record["report"]))
+
+
+def _frame(table: Any, record: dict[str, Any], report: PerturbationReport) -> Any:
+    frame = table.to_pandas()
+    # Text, which survives to_parquet
+    frame.attrs["report"] = str(report)
+    if record.get("start") is not None:
+        frame.attrs["start"] = record["start"]
+    return frame
 
 
 if __name__ == "__main__":

@@ -170,3 +170,57 @@ def test_a_failed_write_leaves_nothing(inputs, tmp_path, monkeypatch, capsys):
     assert command(inputs, tmp_path / "out") == 1
     assert "error: disk full" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_came_meanwhile_are_kept(inputs, tmp_path, monkeypatch, capsys):
+    from cellglot.attention import __main__ as module
+
+    output = tmp_path / "out"
+    figures = module._figures
+
+    def slow(*arguments):
+        output.mkdir()
+        (output / "notes.txt").write_text("mine")
+        figures(*arguments)
+
+    monkeypatch.setattr(module, "_figures", slow)
+    assert command(inputs, output) == 1
+    assert "holds other files, e.g. 'notes.txt'" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_analysis_replaces_all_of_an_earlier_one(inputs, tmp_path):
+    assert command(inputs, tmp_path / "out", "--random-control") == 0
+    assert command(inputs, tmp_path / "out", "--overwrite") == 0
+    assert not (tmp_path / "out" / "heads_random_weights.csv").exists()
+    assert (tmp_path / "out" / "heads.csv").exists()
+
+
+def test_a_saved_dataset_is_read_and_a_device_that_is_none_is_named(inputs, tmp_path, capsys):
+    import datasets
+
+    dataset = datasets.Dataset.from_parquet(str(inputs / "cells.parquet"))
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    assert (
+        command(
+            tmp_path,
+            tmp_path / "out",
+            "--model",
+            str(inputs / "model"),
+            "--gene-set",
+            str(inputs / "set.txt"),
+            cells="saved",
+        )
+        == 0
+    )
+    assert command(inputs, tmp_path / "expected", cells="cells.parquet") == 0
+    assert (tmp_path / "out" / "heads.csv").read_text() == (tmp_path / "expected" / "heads.csv").read_text()
+    assert command(inputs, tmp_path / "none", "--device", "gpu") == 1
+    assert "--device gpu cannot be used" in capsys.readouterr().err
+
+
+def test_a_table_may_have_empty_fields_at_the_end(inputs, tmp_path):
+    lines = (inputs / "network.tsv").read_text().splitlines()
+    (tmp_path / "notes.tsv").write_text("\n".join([f"{lines[0]}\tnote", *(f"{line}\t" for line in lines[1:])]))
+    assert command(inputs, tmp_path / "out", "--gene-set", str(tmp_path / "notes.tsv")) == 0

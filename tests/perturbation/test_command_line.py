@@ -8,7 +8,10 @@ import pandas as pd
 import pytest
 
 from cellglot import perturb_cells
+from cellglot.perturb import CellStates, read_perturbations
 from cellglot.perturbation.command_line import main
+from cellglot.perturbation.states import read_states
+from cellglot.perturbation.statistics import versus_null
 
 from ..conftest import ensembl, make_tokenizer, synthetic_cells
 from ..modeling.test_geneformer import tiny_model
@@ -40,7 +43,7 @@ def test_shifts_to_a_goal_state(files, tmp_path, capsys):
     assert perturb(folder, tmp_path / "out", *states) == 0
     written = {path.name for path in (tmp_path / "out").iterdir()}
     expected = {"part-00000.parquet", "perturbation.json", "shift_ranking.png", "statistics.csv", "volcano.png"}
-    assert written == expected
+    assert written == {*expected, "states.parquet"}
     table = pd.read_csv(tmp_path / "out" / "statistics.csv")
     assert list(table["state"].unique()) == ["T", "NK"]
     assert table["symbol"].tolist() == [f"SYM{int(gene[4:]) - 1}" for gene in table["gene"]]
@@ -73,6 +76,43 @@ def test_genes_joint_null_and_effects_on_genes(files, tmp_path):
     assert joint["symbol"].tolist() == ["SYM0+SYM1"]
 
 
+def test_null_cells_of_any_state_are_compared_by_their_shift_to_the_goal(files, tmp_path, capsys):
+    folder, adata, model, tokenizer = files
+    # The null has no column of states.
+    null = adata[20:].copy()
+    null.obs = null.obs[["donor"]]
+    null.write_h5ad(tmp_path / "null.h5ad")
+    out = tmp_path / "out"
+    options = ["--state-column", "cell_type", "--start", "B", "--goal", "T", "--null", str(tmp_path / "null.h5ad")]
+    assert perturb(folder, out, *options) == 0
+    assert "compared with the null cells by shift_to_T: " in capsys.readouterr().out
+    table = pd.read_csv(out / "versus_null.csv")
+    assert set(table["value"]) == {"shift_to_T"}
+    # As by hand: all null cells have one state, whose embedding is that of the start.
+    kept = read_states(out / "states.parquet")
+    null.obs["any"] = "null"
+    states = CellStates("any", "null", "T", embeddings={"null": kept["B"], "T": kept["T"]})
+    of_null = perturb_cells(null, model, tokenizer, states=states, progress=False)
+    expected = versus_null(read_perturbations(out), of_null, "shift_to_T")
+    assert table["gene"].tolist() == expected["gene"].tolist()
+    columns = ["n_cells", "n_null_cells", "mean", "null_mean", "difference", "p_value"]
+    np.testing.assert_allclose(table[columns].to_numpy(), expected[columns].to_numpy(), atol=1e-5)
+    # With the same command, it is finished; another null is refused before anything is computed.
+    before = {path.name: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+    assert perturb(folder, out, *options) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in out.rglob("*.parquet")} == before
+    assert perturb(folder, out, *options[:-1], str(folder / "cells.h5ad")) == 1
+    assert "null holds the results of another run" in capsys.readouterr().err
+
+
+def test_what_tables_and_figures_need_is_looked_for_first(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert perturb(files[0], tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "need scikit-learn, not installed here: pip install 'cellglot[train]'" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_impact_of_all_genes(files, tmp_path):
     folder, *_ = files
     assert perturb(folder, tmp_path / "out", "--kind", "inhibit", "--rank-shift", "2", "--max-cells", "9") == 0
@@ -89,6 +129,8 @@ def test_impact_of_all_genes(files, tmp_path):
         (["--pooling", "cls"], "use pooling='mean'"),
         (["--null", "absent.h5ad"], "absent.h5ad"),
         (["--model", "absent"], "absent"),
+        (["--device", "gpu"], "--device gpu cannot be used"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
     ],
 )
 def test_mistakes_of_users_are_one_line_each(files, tmp_path, capsys, options, message):

@@ -6,8 +6,9 @@ import pytest
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_hex
 
-from cellglot.perturbation.figures import gene_label, plot_shift_ranking, plot_volcano
+from cellglot.perturbation.figures import DOWN, UP, gene_label, plot_shift_ranking, plot_volcano
 from cellglot.perturbation.statistics import impact_mixture, mean_effects, shifts_to_states, versus_null
 
 from .test_statistics import GENES, effects_of
@@ -17,6 +18,10 @@ from .test_statistics import GENES, effects_of
 def close_figures():
     yield
     plt.close("all")
+
+
+def side_of_points(ax):
+    return np.asarray(ax.collections[0].get_offsets())[:, 0]
 
 
 def ticks(ax):
@@ -79,6 +84,26 @@ def test_volcano_of_a_comparison_with_null_cells():
     effects = effects_of({"a": (30, 0.9), "b": (30, 0.9)}, column="cosine_similarity")
     null = effects_of({"a": (30, 0.9), "b": (30, 0.8)}, seed=1, column="cosine_similarity")
     assert [text.get_text() for text in plot_volcano(versus_null(effects, null)).texts] == ["b"]
+
+
+@pytest.mark.parametrize(("value", "more", "less"), [("cosine_similarity", 0.8, 1.0), ("shift_to_T_cell", 1.0, 0.8)])
+def test_what_acts_more_strongly_than_in_null_cells_lies_right(value, more, less):
+    effects = effects_of({"equal": (30, 0.9), "more": (30, more), "less": (30, less), "only": (3, 0.9)}, column=value)
+    null = effects_of(dict.fromkeys(("equal", "more", "less"), (30, 0.9)), seed=1, column=value)
+    ax = plot_volcano(versus_null(effects, null, value))
+    side = {text.get_text(): text.get_position()[0] for text in ax.texts}
+    assert side.keys() == {"more", "less"}
+    assert side["less"] < 0 < side["more"]
+    by_colour = {to_hex(c): x for c, x in zip(ax.collections[0].get_facecolors(), side_of_points(ax), strict=True)}
+    assert by_colour[UP] > 0 > by_colour[DOWN]
+    what = "mean of 1 - cosine similarity" if value == "cosine_similarity" else "mean shift to T_cell"
+    assert ax.get_xlabel().startswith(f"{what}, minus that of null cells\nright: acts more strongly")
+
+
+def test_a_gene_that_no_null_cell_has_is_not_named():
+    effects = effects_of({"a": (30, 0.9), "only": (30, 0.9)}, column="cosine_similarity")
+    null = effects_of({"a": (30, 0.9)}, seed=1, column="cosine_similarity")
+    assert [text.get_text() for text in plot_volcano(versus_null(effects, null)).texts] == ["a"]
 
 
 def test_tables_that_cannot_be_drawn():

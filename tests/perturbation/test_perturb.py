@@ -1,5 +1,8 @@
 """`perturb_cells` against one cell at a time, and what it does with input that makes no sense."""
 
+import gc
+import tempfile
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -10,6 +13,8 @@ import torch
 
 from cellglot import perturb_cells
 from cellglot.perturb import CellStates
+from cellglot.perturbation.cells import open_cells
+from cellglot.perturbation.statistics import shifts_to_states
 
 from ..conftest import ensembl, make_tokenizer, synthetic_cells
 from ..modeling.test_geneformer import tiny_model
@@ -123,7 +128,7 @@ def test_of_all_genes_those_that_would_not_move_are_skipped_and_counted():
     for kind, stay in (("overexpress", [0]), ("activate", [0]), ("inhibit", [7])):
         frame = run([cell], model, tokenizer, kind=kind)
         assert sorted({*range(8)} - set(frame["position"])) == stay, kind
-        assert frame.attrs["report"].n_edits_without_change == 1
+        assert frame.attrs["report"].endswith("; 1 as they change nothing")
     # A gene that was asked for by name stays in the table.
     listed = run([cell], model, tokenizer, kind="overexpress", genes=names(tokenizer, 2))
     np.testing.assert_allclose(listed["cosine_similarity"], [1], atol=1e-6)
@@ -154,7 +159,7 @@ def test_genes_one_at_a_time_and_together():
             together = naive_effects(model, cell, "delete", tokenizer.convert_tokens_to_ids([a, b]), layout="v1").cell
             value = frame[(frame["cell"] == i) & (frame["gene"] == f"{b}+{a}")]["cosine_similarity"]
             np.testing.assert_allclose(value, [together], atol=1e-5)
-    assert frame.attrs["report"].n_cells_without_genes == len(cells) - frame["cell"].nunique()
+    assert f"; {len(cells) - frame['cell'].nunique()} hold none of the genes" in frame.attrs["report"]
 
 
 def test_an_anchor_is_perturbed_with_each_other_gene():
@@ -237,7 +242,7 @@ def test_states_of_a_column():
     frame = run(adata, model, tokenizer, states=CellStates("state", "B", "T", ["NK"]))
     start = np.flatnonzero(adata.obs["state"] == "B")
     assert sorted(set(frame["cell"])) == start.tolist()
-    assert frame.attrs["report"].n_cells_of_other_states == 23 - len(start)
+    assert f"; {23 - len(start)} are of other states" in frame.attrs["report"]
     cells = [np.array(ids) for ids in tokenizer.encode_anndata(adata, max_length=CONTEXT)["input_ids"]]
     embeddings = embed_tokens(cells, model, tokenizer)
     means = [embeddings[(adata.obs["state"] == s).to_numpy()].mean(axis=0) for s in ("B", "T", "NK")]
@@ -249,6 +254,56 @@ def test_states_of_a_column():
     )
 
 
+def test_tables_go_to_files_with_what_is_known_of_them(tmp_path):
+    _, model, tokenizer = setup()
+    states = CellStates("cell_type", "B", "T", ["NK"])
+    frame = run(synthetic_cells(23, N_GENES), model, tokenizer, states=states, max_cells=3)
+    assert frame.attrs["report"].split(" edits in ")[0] == f"{len(frame):,}"
+    frame.to_parquet(tmp_path / "effects.parquet")
+    read = pd.read_parquet(tmp_path / "effects.parquet")
+    pd.testing.assert_frame_equal(read, frame)
+    assert read.attrs == frame.attrs
+    for table in (frame, read, frame[frame["position"] > 0]):
+        assert list(shifts_to_states(table)["state"].unique()) == ["T", "NK"]
+    frame.to_json(tmp_path / "effects.json")
+
+
+@pytest.mark.parametrize("kind", ["AnnData", "Dataset"])
+def test_states_may_be_numbers_and_missing_in_some_cells(kind):
+    _, model, tokenizer = setup()
+    adata = synthetic_cells(9, N_GENES)
+    adata.obs["state"] = pd.array([1, 2, None, 1, 2, 1, 1, 2, 2], dtype="Int64")
+    source = adata
+    if kind == "Dataset":
+        source = tokenizer.encode_anndata(adata, max_length=CONTEXT, obs_columns=["state"])
+    frame = run(source, model, tokenizer, states=CellStates("state", "1", "2"))
+    assert sorted(set(frame["cell"])) == [0, 3, 5, 6]
+
+
+def test_counts_become_tokens_in_a_file_that_goes_with_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    _, model, tokenizer = setup()
+    adata = synthetic_cells(9, N_GENES)
+    cells = open_cells(adata, tokenizer, max_length=CONTEXT)
+    (file,) = cells._tokens.cache_files
+    assert tmp_path in Path(file["filename"]).parents
+    expected = tokenizer.encode_anndata(adata, max_length=CONTEXT)["input_ids"]
+    assert [tokens.tolist() for tokens in cells.iter_tokens()] == list(expected)
+    assert [cells.tokens(i).tolist() for i in range(len(cells))] == list(expected)
+    del cells
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    run(adata, model, tokenizer)
+    with pytest.raises(ValueError, match="obs has no column 'absent'"):
+        open_cells(adata, tokenizer, label_column="absent", max_length=CONTEXT)
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    # A file that the caller names is the caller's.
+    run(adata, model, tokenizer, cache_file=tmp_path / "tokens.arrow")
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.arrow"]
+
+
 def test_a_sample_of_cells_is_drawn_by_seed():
     cells, model, tokenizer = setup(n_cells=13)
     everything = run(cells, model, tokenizer)
@@ -258,7 +313,7 @@ def test_a_sample_of_cells_is_drawn_by_seed():
     assert len(chosen[0]) == 4
     expected = everything[everything["cell"].isin(chosen[0])]
     np.testing.assert_allclose(samples[0]["cosine_similarity"], expected["cosine_similarity"], atol=1e-5)
-    assert samples[0].attrs["report"].n_cells_not_sampled == 9
+    assert "; 9 were not sampled (max_cells)" in samples[0].attrs["report"]
 
 
 def test_empty_cells_and_cells_of_one_gene_are_left_out_and_counted():
@@ -268,10 +323,9 @@ def test_empty_cells_and_cells_of_one_gene_are_left_out_and_counted():
         empty = np.array([], dtype=int)
         frame = run([cells[2], one, empty, cells[3]], model, tokenizer)
         assert sorted(set(frame["cell"])) == [0, 3]
-        report = frame.attrs["report"]
-        assert (report.n_cells, report.n_perturbed_cells) == (4, 2)
-        assert (report.n_empty_cells, report.n_edits_with_nothing_left) == (1, 1)
-        assert "1 cells are empty; 1 edits skipped as they leave no other gene" in str(report)
+        assert frame.attrs["report"].endswith(
+            " edits in 2 of 4 cells; 1 cells are empty; 1 edits skipped as they leave no other gene"
+        )
         with pytest.raises(
             ValueError, match=r"Nothing to perturb: 0 edits in 0 of 2 cells; 1 cells are empty; 1 edits"
         ):
@@ -372,7 +426,30 @@ def test_of_many_genes_some_that_no_cell_holds_are_a_warning(caplog):
     present = names(tokenizer, cells[0][0])
     frame = run(cells, model, tokenizer, genes=[*absent, *present])
     assert set(frame["gene"]) == set(present)
-    assert f"{len(absent)} of the {len(absent) + 1} genes or groups are in none of the cells" in caplog.text
+    assert (
+        f"{len(absent)} of the {len(absent) + 1} genes or groups are in none of the {frame['cell'].nunique()} cells to "
+        f"perturb: '{absent[0]}'"
+    ) in caplog.text
+
+
+def test_genes_that_no_cell_of_the_sample_holds_are_named(caplog):
+    _, model, tokenizer = setup()
+    gene = [names(tokenizer, token)[0] for token in range(2, 9)]
+    cells = [np.array([2, 3, 4]), np.array([2, 5, 6]), np.array([2, 7, 8])]
+    listed = [gene[0], [gene[3], gene[4]], [gene[5], gene[6]], gene[1]]
+    frame = run(cells, model, tokenizer, genes=listed)
+    assert "genes or groups" not in caplog.text
+    held = set(frame.loc[frame["cell"] == 1, "gene"])
+    assert held == {gene[0], f"{gene[3]}+{gene[4]}"}
+    # Of these states, the second cell alone is perturbed.
+    dataset = datasets.Dataset.from_dict({"input_ids": cells, "state": ["a", "b", "a"]})
+    run(dataset, model, tokenizer, genes=listed, states=CellStates("state", "b", "a"))
+    absent = f"'{gene[5]}+{gene[6]}', '{gene[1]}'"
+    assert f"2 of the 4 genes or groups are in none of the 1 cells to perturb: {absent}." in caplog.text
+    caplog.clear()
+    sample = run(cells, model, tokenizer, genes=listed, max_cells=1)
+    n_absent = 4 - sample["gene"].nunique()
+    assert f"{n_absent} of the 4 genes or groups are in none of the 1 cells to perturb" in caplog.text
 
 
 def test_cells_that_no_tokenizer_made():

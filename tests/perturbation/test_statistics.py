@@ -55,6 +55,11 @@ def test_shifts_of_each_gene_against_the_pool():
     assert goal["standard_error"].isna().to_dict()["rare"]
     other = shifts_to_states(effects, ["other"])
     assert other["gene"].tolist()[:2] == ["down", "up"]
+    # Where it is known which state cells start from, shifts to it are no result unless asked for.
+    effects.attrs["start"] = "other"
+    assert list(shifts_to_states(effects)["state"].unique()) == ["goal"]
+    assert list(shifts_to_states(effects, ["other"])["state"].unique()) == ["other"]
+    assert list(shifts_to_states(effects.drop(columns="shift_to_goal"))["state"].unique()) == ["other"]
 
 
 def test_effects_on_genes_are_no_part_of_statistics_of_cells():
@@ -74,6 +79,31 @@ def test_genes_that_act_differently_in_a_null_set_of_cells():
     assert table["null_mean"].isna().to_dict()["only"]
     with pytest.raises(ValueError, match=r"No gene of the effects \(e.g. 'a', 'b', 'only'\) was perturbed in the null"):
         versus_null(effects, null[null["gene"] == "null"])
+
+
+@pytest.mark.parametrize(("value", "strongest", "weakest"), [("cosine_similarity", 0.8, 1.0), ("shift_to_T", 1.0, 0.8)])
+def test_genes_that_act_more_strongly_than_in_the_null_come_first(value, strongest, weakest):
+    means = {"equal": 0.9, "more": strongest, "less": weakest}
+    effects = effects_of({gene: (30, mean) for gene, mean in means.items()}, column=value)
+    null = effects_of(dict.fromkeys(means, (30, 0.9)), seed=1, column=value)
+    table = versus_null(effects, null, value)
+    assert table["gene"].tolist() == ["more", "less", "equal"]
+    assert table["significant"].tolist() == [True, True, False]
+    np.testing.assert_allclose(table["difference"][:2], [strongest - 0.9, weakest - 0.9], atol=0.01)
+    assert set(table["value"]) == {value}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_small_effects_are_told_from_smaller_ones(seed):
+    # As of deletions in a cell of many genes: 1 - similarity of 1e-4 on the whole, and ten times that for some.
+    rng = np.random.default_rng(seed)
+    effect = np.concatenate([rng.normal(1e-4, 2e-5, 195), rng.normal(1e-3, 1e-4, 5)])
+    of_cells = effect + rng.normal(0, 1e-5, (20, 200))
+    genes = [f"g{i}" for i in range(200)]
+    table = impact_mixture(pd.DataFrame({"gene": genes * 20, "cosine_similarity": 1 - of_cells.ravel()}))
+    assert sorted(table.loc[table["impact"], "gene"]) == genes[195:]
+    assert (table.loc[table["impact"], "impact_share"] == 1).all()
+    assert (table.loc[~table["impact"], "impact_share"] == 0).all()
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,6 +1,9 @@
 """Cells to perturb, from whatever they come in, checked."""
 
+import contextlib
 import hashlib
+import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,9 @@ def open_cells(
 ) -> Cells:
     """Cells of an AnnData, a file that `encode_anndata` reads, a datasets.Dataset (or its saved folder), or a list.
 
+    Counts become a file of tokens in a temporary directory (that of TMPDIR), which is read a piece at a time and goes
+    when the cells go; or at cache_file, where one is given, which stays.
+
     label_column    column of `obs` or of the dataset to carry along
     max_length      tokens the model reads at the most
     encode_options  further ones of `RankValueTokenizer.encode_anndata`, for counts
@@ -74,15 +80,7 @@ def open_cells(
     columns = getattr(source, "column_names", None)
     if isinstance(source, str | Path) or hasattr(source, "obs_names"):
         options = {"max_length": max_length, "layer": counts_layer, **encode_options}
-        if label_column is not None:
-            options["obs_columns"] = [label_column]
-        if options.get("cells") is not None or options.get("empty_cells", "keep") != "keep":
-            raise ValueError("Cells are numbered as they come: select them before, not with cells= or empty_cells=.")
-        dataset = tokenizer.encode_anndata(source, **options)
-        with open_counts(source, layer=counts_layer) as matrix:
-            passing = matrix.passing_cells()
-            names = [str(name) for name in (matrix.obs.index if passing is None else matrix.obs.index[passing])]
-        return Cells(dataset.with_format("numpy"), names, _labels(dataset, label_column), wrapping)
+        return _encoded_cells(source, tokenizer, wrapping, label_column, options)
     if encode_options or counts_layer is not None:
         given = examples([*encode_options, *(["counts_layer"] if counts_layer else [])])
         raise ValueError(f"These cells are tokens already; {given} would say how to make tokens from counts.")
@@ -99,6 +97,28 @@ def open_cells(
     return Cells(source.with_format("numpy"), None, _labels(source, label_column), wrapping)
 
 
+def _encoded_cells(
+    source: Any, tokenizer: Any, wrapping: tuple[int, ...], label_column: str | None, options: dict[str, Any]
+) -> Cells:
+    """Cells of counts. `options` as of `encode_anndata`."""
+    if label_column is not None:
+        options["obs_columns"] = [label_column]
+    if options.get("cells") is not None or options.get("empty_cells", "keep") != "keep":
+        raise ValueError("Cells are numbered as they come: select them before, not with cells= or empty_cells=.")
+    with contextlib.ExitStack() as stack:
+        if options.get("cache_file") is None:
+            # Some systems remove no file that is mapped still.
+            folder = tempfile.TemporaryDirectory(prefix="cellglot-", ignore_cleanup_errors=True)
+            options["cache_file"] = Path(stack.enter_context(folder)) / "tokens.arrow"
+        dataset = tokenizer.encode_anndata(source, **options)
+        with open_counts(source, layer=options["layer"]) as matrix:
+            passing = matrix.passing_cells()
+            names = [str(name) for name in (matrix.obs.index if passing is None else matrix.obs.index[passing])]
+        cells = Cells(dataset.with_format("numpy"), names, _labels(dataset, label_column), wrapping)
+        weakref.finalize(cells, stack.pop_all().close)
+    return cells
+
+
 def _saved_dataset(source: Any) -> Any:
     if isinstance(source, str | Path) and (Path(source) / "dataset_info.json").is_file():
         import datasets
@@ -111,7 +131,8 @@ def _labels(dataset: Any, column: str | None) -> np.ndarray | None:
     """(cells,) labels as strings; None where a cell has none."""
     if column is None:
         return None
-    values = dataset.with_format("arrow")[:].column(column).to_pandas()
+    # Not by pandas, which makes 1.0 of an integer where another is missing.
+    values = dataset.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
     return np.array([None if v is None or v != v else str(v) for v in values], dtype=object)
 
 

@@ -1,14 +1,13 @@
 """Perturbs the cells of a file from the command line: `python -m cellglot.perturb --help`."""
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .edits import KINDS
-
-GENE_SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "gene_name", "feature_name", "symbol")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,16 +34,14 @@ def run(options: argparse.Namespace) -> None:
 
     Raises  ValueError, OSError, ImportError for what a user can mend
     """
-    import torch
-
-    from ..loading import find_tokenizer
-    from ..modeling.geneformer import GeneformerModel
-    from ..perturb import CellStates, read_perturbations
+    _check_extras()
+    from ..loading import find_tokenizer, load_encoder
+    from ..perturb import CellStates
     from .plan import plan_run
+    from .summary import gene_labels, summarize
 
     tokenizer = find_tokenizer(options.tokenizer or options.model)
-    model = GeneformerModel.from_pretrained(options.model)
-    model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_encoder(options.model, options.device)
     shared: dict[str, Any] = {
         "kind": options.kind,
         "genes": _genes(options.genes, options.joint),
@@ -69,72 +66,29 @@ def run(options: argparse.Namespace) -> None:
     print(planned.report)
     # Cells of a null set are compared as they are, whatever their state. Planned first: mistakes show before the work.
     of_null = None if options.null is None else plan_run(options.null, model, tokenizer, **shared, **of_counts)
-    planned.write(options.output, progress=not options.quiet)
-    null = None
+    planned = planned.begun(options.output)
+    null_folder = options.output / "null"
     if of_null is not None:
         print(f"null cells: {of_null.report}")
-        of_null.write(options.output / "null", progress=not options.quiet)
-        null = read_perturbations(options.output / "null")
+        if states is not None and planned.measure.states_sd is not None:
+            of_null = of_null.with_states(states.names, planned.measure.states_sd)
+        of_null = of_null.begun(null_folder)
+    planned.write_parts(options.output, progress=not options.quiet)
+    if of_null is not None:
+        of_null.write_parts(null_folder, progress=not options.quiet)
     labels = gene_labels(options.cells, tokenizer, options.counts_layer, options.gene_ids)
-    summarize(options.output, None if states is None else states.names[:-1], null, labels)
+    summarize(options.output, states, None if of_null is None else null_folder, labels)
 
 
-def summarize(output: Path, states: list[str] | None, null: Any, labels: dict[str, str]) -> None:
-    """Writes tables of statistics and figures beside the results, and prints the first rows.
-
-    states  goal and alternative states
-    null    effects in a null set of cells, or None
-    labels  gene -> symbol
-    """
-    from ..figures import save_figure
-    from ..perturb import read_perturbations
-    from . import figures, statistics
-
-    effects = read_perturbations(output, only_cells=True)
-    tables = {"statistics.csv": _statistics(effects, states)}
-    plots = {"shift_ranking.png": figures.plot_shift_ranking(tables["statistics.csv"], labels=labels)}
-    if "p_value" in tables["statistics.csv"]:
-        plots["volcano.png"] = figures.plot_volcano(tables["statistics.csv"], labels=labels)
-    if null is not None:
-        tables["versus_null.csv"] = statistics.versus_null(effects, null)
-        plots["volcano_versus_null.png"] = figures.plot_volcano(tables["versus_null.csv"], labels=labels)
-    if "affected" in effects:
-        tables["gene_effects.csv"] = statistics.mean_effects(read_perturbations(output))
-    for name, table in tables.items():
-        symbols = table["gene"].map(lambda gene: figures.gene_label(gene, labels))
-        table.insert(int(table.columns.get_loc("gene")) + 1, "symbol", symbols)
-        table.to_csv(output / name, index=False)
-    for name, ax in plots.items():
-        save_figure(ax, output / name)
-    print(tables["statistics.csv"].head(10).to_string(index=False))
-    print(f"written to {output}: {', '.join([*tables, *plots])}, and the effects in each cell as part-*.parquet")
-
-
-def _statistics(effects: Any, states: list[str] | None) -> Any:
-    """The richest statistics that the effects allow."""
-    from . import statistics
-
-    n_genes = effects["gene"].nunique()
-    if states is not None and n_genes > 1:
-        return statistics.shifts_to_states(effects, states)
-    means = statistics.mean_effects(effects.drop(columns="affected", errors="ignore"))
-    if states is None and n_genes >= statistics.MIN_GENES and means["mean"].nunique() > 1:
-        return statistics.impact_mixture(effects)
-    return means
-
-
-def gene_labels(cells: Path, tokenizer: Any, counts_layer: str | None, gene_ids: str | None) -> dict[str, str]:
-    """Vocabulary gene -> symbol, as the file names its genes; empty for files of tokens."""
-    from ..tokenization.count_matrix import open_counts
-
-    if (cells / "dataset_info.json").is_file():
-        return {}
-    with open_counts(cells, layer=counts_layer) as matrix:
-        index_g = tokenizer.match_genes(matrix, gene_ids).index_g
-        column = next((name for name in GENE_SYMBOL_COLUMNS if name in matrix.var), None)
-        symbols = matrix.var.index if column is None else matrix.var[column]
-        genes = tokenizer.resolver.vocabulary
-        return {genes[g]: str(symbol) for g, symbol in zip(index_g, symbols, strict=True) if g >= 0}
+def _check_extras() -> None:
+    """Raises ImportError for what tables and figures need: hours of computing come before them."""
+    needed = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+    missing = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f"Tables and figures need {' and '.join(missing)}, not installed here: pip install 'cellglot[train]'. "
+            "In Python, write_perturbations does without."
+        )
 
 
 def _genes(text: str, joint: bool) -> Any:
@@ -171,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--goal", metavar="STATE", help="measure shifts to this state")
     add("--alt", metavar="STATE", nargs="+", default=[], help="further states to measure shifts to")
     add("--state-summary", choices=["mean", "median"], default="mean", help="of the embeddings of a state's cells")
-    add("--null", type=Path, metavar="CELLS", help="cells to compare with, perturbed alike")
+    add(
+        "--null", type=Path, metavar="CELLS", help="cells of any state to compare with, by the shift to --goal if given"
+    )
     add("--max-cells", type=int, help="perturb a random sample of this many cells")
     add("--seed", type=int, default=0, help="of that sample")
     add("--counts-layer", help="layer with raw counts, or 'raw'; X by default")

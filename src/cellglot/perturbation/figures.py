@@ -98,28 +98,18 @@ def plot_volcano(
 ) -> Any:
     """Effect of each gene against the evidence for it; the strongest significant genes are named.
 
-    statistics  of `shifts_to_states` or `versus_null`
+    statistics  of `shifts_to_states`, or of `versus_null` (then right is what acts more strongly than in null cells)
     state       state to plot, the first by default
     n_labels    genes to name: significant ones by p-value, or where there is none those of the smallest p-values
     labels      gene -> name to show, e.g. symbols
     """
     import matplotlib.pyplot as plt
 
-    if "difference" in statistics:
-        table, value = statistics, "difference"
-        title, x_label = "Against null cells", "difference of the mean effect"
-    elif "shift" in statistics:
-        table, value = _of_state(statistics, state), "shift"
-        title, x_label = f"Shift to {table['state'].iloc[0]}", "cos(perturbed, state) - cos(cell, state)"
-    else:
-        raise ValueError(
-            "Expected the table of shifts_to_states or versus_null, which have p-values; found the columns "
-            f"{examples(statistics.columns, 9)}."
-        )
+    table, title, x_label = _effect_and_evidence(statistics, state)
     ax = ax or plt.subplots(figsize=(6.4, 4.8))[1]
     # A p-value that underflows to zero would lie beyond every axis.
     evidence = -np.log10(np.maximum(table["p_value"].to_numpy(), np.finfo(float).tiny))
-    effect, significant = table[value].to_numpy(), table["significant"].to_numpy(dtype=bool)
+    effect, significant = table["effect"].to_numpy(), table["significant"].to_numpy(dtype=bool)
     colours = np.where(significant, np.where(effect > 0, UP, DOWN), NEITHER)
     ax.axvline(0, color="#d1d5db", lw=1, zorder=0)
     size = 8 + 24 * np.sqrt(table["n_cells"].to_numpy() / table["n_cells"].max())
@@ -129,6 +119,8 @@ def plot_volcano(
         # Benjamini-Hochberg's threshold lies at the largest p-value that passes.
         ax.axhline(evidence[significant].min(), color="#9ca3af", lw=0.8, ls="--", zorder=0)
     named = np.flatnonzero(significant) if significant.any() else np.arange(len(table))
+    # A gene that no null cell has stands nowhere.
+    named = named[np.isfinite(effect[named])]
     named = named[np.argsort(-evidence[named], kind="stable")][:n_labels]
     ax.margins(x=0.25, y=0.08)
     _name_points(ax, effect[named], evidence[named], [gene_label(g, labels) for g in table["gene"].to_numpy()[named]])
@@ -139,6 +131,27 @@ def plot_volcano(
         ylabel="$-\\log_{10}$ p",
     )
     return ax
+
+
+def _effect_and_evidence(statistics: pd.DataFrame, state: str | None) -> tuple[pd.DataFrame, str, str]:
+    """The genes' table with a column effect, above 0 where the axis' right side is, the title and the axis' label."""
+    if "shift" in statistics:
+        table = _of_state(statistics, state)
+        x_label = "cos(perturbed, state) - cos(cell, state)"
+        return table.assign(effect=table["shift"]), f"Shift to {table['state'].iloc[0]}", x_label
+    if not {"difference", "value"}.issubset(statistics):
+        raise ValueError(
+            "Expected the table of shifts_to_states or versus_null, which have p-values; found the columns "
+            f"{examples(statistics.columns, 9)}."
+        )
+    value = str(statistics["value"].iloc[0])
+    if value == "cosine_similarity":
+        # A similarity falls the more, the larger the effect.
+        what, sign = "mean of 1 - cosine similarity", -1
+    else:
+        what, sign = f"mean {value.replace('_', ' ', 2)}", 1
+    x_label = f"{what}, minus that of null cells\nright: acts more strongly than in null cells"
+    return statistics.assign(effect=sign * statistics["difference"]), "Against null cells", x_label
 
 
 def _name_points(ax: Any, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:

@@ -1,8 +1,10 @@
 """What a run will do, decided before anything is computed: which cells, which edits, in which parts."""
 
+import dataclasses
+import functools
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,12 @@ import pyarrow as pa
 
 from ..cell_stream import check_model
 from ..embedding import layers_to_run
+from ..tokenization.gene_ids import examples
 from .cells import Cells, check_cells, open_cells
 from .effects import Measure, Pooling, default_max_tokens
 from .run import FORMAT, Effect, Part, Run
 from .states import CellStates, embed_states
-from .targets import Perturbation, PerturbationReport, parse_perturbation
+from .targets import JOINER, Perturbation, PerturbationReport, gene_names, parse_perturbation
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ def plan_run(
     counts_layer: str | None = None,
     **encode_options: Any,
 ) -> Run:
-    """Checks everything there is to check and computes nothing but the states. Arguments as of `perturb_cells`."""
+    """Checks everything there is to check, and computes nothing. Arguments as of `perturb_cells`."""
     encoder = check_model(model, tokenizer)
     n_layers = layers_to_run(encoder, layer)
     pooling = ("cls" if tokenizer.layout == "v2" else "mean") if pooling is None else pooling
@@ -69,51 +72,49 @@ def plan_run(
     if max_cells is not None and max_cells < len(chosen):
         report.n_cells_not_sampled = len(chosen) - max_cells
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, max_cells, replace=False))
+    _warn_of_absent(cells, chosen, perturbation, tokenizer)
     parts = _parts(cells, chosen, perturbation, part_tokens, report)
     if not parts:
         raise ValueError(f"Nothing to perturb: {report}.")
     logger.info("%s", report)
-    record = {
-        "format": FORMAT,
-        "vocabulary": _hash(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))),
-        "cells": data_hash if cells.labels is None else _hash([data_hash, *map(str, cells.labels)]),
-        "kind": kind,
-        "genes": "all" if perturbation.groups is None else [list(group) for group in perturbation.groups],
-        "anchor": perturbation.anchor,
-        "rank_shift": perturbation.rank_shift,
-        "layer": layer,
-        "effect": effect,
-        "pooling": pooling,
-        "states": None if states is None else [states.column, *states.names, states.summary],
-        "max_cells": max_cells,
-        "seed": seed,
-        "max_length": max_length,
-        "part_tokens": part_tokens,
-    }
-    states_sd = None
-    if states is not None and states.embeddings is not None:
-        states_sd = states.given_embeddings(encoder.config.hidden_size)
-        record["state_embeddings"] = hashlib.blake2b(states_sd.tobytes(), digest_size=16).hexdigest()
-    elif states is not None:
-        states_sd = embed_states(
-            cells,
-            states.names,
-            model,
-            tokenizer,
-            layer=layer,
-            pooling=pooling,
-            summary=states.summary,
-            max_tokens=max_tokens,
-        )
-    return Run(
+    vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    run = Run(
         cells=cells,
-        vocabulary=pa.array(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), pa.string()),
+        vocabulary=pa.array(vocabulary, pa.string()),
         perturbation=perturbation,
-        measure=Measure(encoder, n_layers, pooling, states_sd, effect == "gene", max_tokens),
-        state_names=() if states is None else tuple(states.names),
+        measure=Measure(encoder, n_layers, pooling, None, effect == "gene", max_tokens),
         parts=parts,
         report=report,
-        record=record,
+        record={
+            "format": FORMAT,
+            "vocabulary": _hash(vocabulary),
+            "cells": data_hash if cells.labels is None else _hash([data_hash, *map(str, cells.labels)]),
+            "cell_names": None if cells.names is None else _hash(cells.names),
+            "kind": kind,
+            "genes": "all" if perturbation.groups is None else [list(group) for group in perturbation.groups],
+            "anchor": perturbation.anchor,
+            "rank_shift": perturbation.rank_shift,
+            "layer": layer,
+            "effect": effect,
+            "pooling": pooling,
+            "state_column": None if states is None else states.column,
+            "states": None if states is None else states.names,
+            "start": None if states is None else states.start,
+            "state_summary": None if states is None else states.summary,
+            "state_embeddings": None,
+            "max_cells": max_cells,
+            "seed": seed,
+            "max_length": max_length,
+            "part_tokens": part_tokens,
+        },
+    )
+    if states is None:
+        return run
+    if states.embeddings is not None:
+        return run.with_states(states.names, states.given_embeddings(encoder.config.hidden_size))
+    options = {"layer": layer, "pooling": pooling, "summary": states.summary, "max_tokens": max_tokens}
+    return dataclasses.replace(
+        run, embed_states=functools.partial(embed_states, cells, states.names, model, tokenizer, **options)
     )
 
 
@@ -134,9 +135,10 @@ def _eligible(
         assert cells.labels is not None
         states.check_labels(cells.labels)
     chosen = []
-    missing = set(perturbation.groups or ())
+    n_genes = np.zeros(len(cells), dtype=np.int64)
     for i, tokens in enumerate(cells.iter_tokens()):
         genes = cells.unwrapped(tokens)
+        n_genes[i] = len(genes)
         if len(genes) == 0:
             report.n_empty_cells += 1
         elif states is not None and cells.labels is not None and cells.labels[i] != states.start:
@@ -145,22 +147,36 @@ def _eligible(
             report.n_cells_without_genes += 1
         else:
             chosen.append(i)
-            if missing and perturbation.kind != "overexpress":
-                held = set(genes.tolist())
-                missing = {group for group in missing if not held.issuperset(group)}
+    if states is not None and cells.labels is not None:
+        states.check_filled(cells.labels, n_genes)
     n_candidates = len(chosen) + report.n_cells_without_genes
     if not chosen and n_candidates:
         who = "cell" if states is None else f"cell of state {states.start!r}"
+        together = perturbation.anchor is not None or any(len(group) > 1 for group in perturbation.groups or ())
         raise ValueError(
             f"No {who} (of {n_candidates:,}) holds the genes to {perturbation.kind}"
-            f"{' together' if perturbation.anchor is not None or any(len(g) > 1 for g in missing) else ''}. "
+            f"{' together' if together else ''}. "
             "Only kind='overexpress' can do without: it inserts them."
         )
-    if missing and perturbation.kind != "overexpress":
-        logger.warning(
-            "%d of the %d genes or groups are in none of the cells", len(missing), len(perturbation.groups or ())
-        )
     return np.array(chosen, dtype=np.int64)
+
+
+def _warn_of_absent(cells: Cells, chosen: np.ndarray, perturbation: Perturbation, tokenizer: Any) -> None:
+    """Names the listed genes and groups that none of the chosen cells holds, and that so have no row."""
+    groups = perturbation.groups
+    if groups is None or perturbation.kind == "overexpress":
+        return
+    absent = set(groups)
+    for cell in chosen.tolist():
+        held = set(cells.genes(cell).tolist())
+        absent = {group for group in absent if not held.issuperset(group)}
+        if not absent:
+            return
+    names = [JOINER.join(gene_names(group, tokenizer)) for group in groups if group in absent]
+    logger.warning(
+        f"{len(names):,} of the {len(groups):,} genes or groups are in none of the {len(chosen):,} cells to perturb: "
+        f"{examples(names)}."
+    )
 
 
 def _parts(
@@ -187,5 +203,9 @@ def _parts(
     return tuple(parts)
 
 
-def _hash(names: Sequence[str]) -> str:
-    return hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
+def _hash(names: Iterable[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in names:
+        text = name.encode()
+        digest.update(len(text).to_bytes(4, "little") + text)
+    return digest.hexdigest()

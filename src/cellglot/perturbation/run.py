@@ -1,16 +1,15 @@
 """A perturbation run: planned once, then streamed in parts that do not depend on one another.
 
-A folder of results holds `part-00000.parquet`, ... and `perturbation.json`, which says what model, cells and options
-they come from. A part is written aside and renamed, so that it is whole or absent: a run that was killed goes on with
-the parts that are missing, and a folder of another run is refused.
+A folder of results holds `part-00000.parquet`, ..., `perturbation.json`, which says what model, cells and options they
+come from, and `states.parquet` where embeddings of states were computed. Every file is written aside and renamed, so
+that it is whole or absent: a run that was killed goes on with what is missing, and a folder of another run is refused.
 """
 
 import dataclasses
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,18 +21,23 @@ import torch
 from tqdm.auto import tqdm
 
 from ..cell_stream import evaluating
+from ..embedding_files import replaced_when_complete
 from .cells import Cells
 from .effects import Effects, Measure, block_effects
+from .states import read_states, write_states
 from .targets import CELL, JOINER, Perturbation, PerturbationReport, PlannedEdit
 
 logger = logging.getLogger(__name__)
 
 Effect = Literal["cell", "gene"]
 RECORD = "perturbation.json"
+STATES = "states.parquet"
 # Rows of a table that is made at once
 ROWS_PER_TABLE = 250_000
+# Least rows of a row group of a part, but for the last: one for each block of few cells reads slowly and is large.
+ROWS_PER_GROUP = 50_000
 # Of the folder; an older one is refused once what it holds means something else.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,35 @@ class Part:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that is needed to compute any part."""
+    """Everything that is needed to compute any part.
+
+    vocabulary    names of tokens
+    record        what the results depend on, model aside
+    embed_states  computes the (states, width) embeddings of the states that are to be measured, where they are not in
+                  `measure` yet
+    """
 
     cells: Cells
-    vocabulary: pa.StringArray  # names of tokens
+    vocabulary: pa.StringArray
     perturbation: Perturbation
     measure: Measure
-    state_names: tuple[str, ...]
     parts: tuple[Part, ...]
     report: PerturbationReport
     record: dict[str, Any]
+    embed_states: Callable[[], np.ndarray] | None = None
+
+    @property
+    def state_names(self) -> Sequence[str]:
+        return self.record["states"] or ()
+
+    def with_states(self, names: Sequence[str], states_sd: np.ndarray) -> "Run":
+        """This run, which also measures shifts to states of given embeddings, (states, width); the start is the last.
+
+        A run that was planned without states goes on to perturb cells of any state.
+        """
+        given = hashlib.blake2b(np.ascontiguousarray(states_sd).tobytes(), digest_size=16).hexdigest()
+        record = self.record | {"states": list(names), "start": names[-1], "state_embeddings": given}
+        return dataclasses.replace(self, record=record, measure=dataclasses.replace(self.measure, states_sd=states_sd))
 
     # ---- computing
 
@@ -130,11 +153,39 @@ class Run:
     def _label(self, tokens: tuple[int, ...]) -> str:
         return JOINER.join(self.vocabulary[token].as_py() for token in tokens)
 
+    def _with_embedded_states(self, folder: Path | None) -> "Run":
+        """This run with the embeddings of its states, those kept in the folder if there are any."""
+        if self.embed_states is None:
+            return self
+        path = None if folder is None else folder / STATES
+        if path is not None and path.exists():
+            kept = read_states(path)
+            states_sd = np.stack([kept[name] for name in self.state_names])
+        else:
+            states_sd = self.embed_states()
+            if path is not None:
+                write_states(path, self.state_names, states_sd)
+        measure = dataclasses.replace(self.measure, states_sd=states_sd)
+        return dataclasses.replace(self, measure=measure, embed_states=None)
+
+    def table(self, *, progress: bool) -> pa.Table:
+        """All rows, in memory."""
+        run = self._with_embedded_states(None)
+        with self._bar(progress) as bar:
+            return pa.concat_tables([t for i in range(len(self.parts)) for t in run.tables(i, bar)])
+
     # ---- writing
 
-    def write(self, output: Path, *, progress: bool) -> None:
-        """Computes the parts that `output` lacks. Raises FileExistsError for a folder of something else."""
+    def begun(self, output: Path) -> "Run":
+        """This run with `output` claimed as its folder, and then with the embeddings of its states, kept there.
+
+        Raises  FileExistsError for a folder of something else, before anything is computed
+        """
         self._claim(output)
+        return self._with_embedded_states(output)
+
+    def write_parts(self, output: Path, *, progress: bool) -> None:
+        """Computes the parts that the folder lacks, of a run that has `begun` there."""
         missing = [i for i in range(len(self.parts)) if not (output / part_name(i)).exists()]
         if len(missing) < len(self.parts):
             logger.info("%s: %d of %d parts are there already", output, len(self.parts) - len(missing), len(self.parts))
@@ -146,17 +197,13 @@ class Run:
                 self._write_part(output / part_name(i), i, bar)
 
     def _write_part(self, path: Path, part: int, bar: Any) -> None:
-        partial = path.with_name(path.name + ".tmp")
-        with open(partial, "wb") as file:
+        with replaced_when_complete(path) as partial, open(partial, "wb") as file:
             writer = None
-            for table in self.tables(part, bar):
+            for table in _row_groups(self.tables(part, bar)):
                 writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
                 writer.write_table(table)
             assert writer is not None
             writer.close()
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
 
     def _claim(self, output: Path) -> None:
         # Only a folder needs to know the weights; hashing them takes as long as a small run.
@@ -173,21 +220,15 @@ class Run:
                     "nothing was changed."
                 )
             return
-        found = sorted(p.name for p in output.iterdir() if p.name != f"{RECORD}.tmp")
+        found = sorted(p.name for p in output.iterdir() if not p.match(f".{RECORD}.*.tmp"))
         if found:
             raise FileExistsError(
                 f"{output} is not empty (it holds {found[0]!r}) and has no {RECORD}: it is no folder of a perturbation "
                 "run. Choose another one; nothing was changed."
             )
-        partial = path.with_name(path.name + ".tmp")
         record |= {"report": dataclasses.asdict(self.report), "n_parts": len(self.parts)}
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-
-    def table(self, *, progress: bool) -> pa.Table:
-        """All rows, in memory."""
-        with self._bar(progress) as bar:
-            return pa.concat_tables([t for i in range(len(self.parts)) for t in self.tables(i, bar)])
+        with replaced_when_complete(path) as partial:
+            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def _bar(self, progress: bool) -> Any:
         return tqdm(total=self.report.n_edits, desc=self.perturbation.kind, unit="edit", disable=not progress)
@@ -197,24 +238,46 @@ def part_name(i: int) -> str:
     return f"part-{i:05d}.parquet"
 
 
-def read_run(folder: str | Path, *, only_cells: bool = False) -> pa.Table:
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows, in tables of ROWS_PER_GROUP and more where there are as many."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(t.num_rows for t in waiting) >= ROWS_PER_GROUP:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a folder's results come from. Raises FileNotFoundError for a folder of something else."""
+    if not (folder / RECORD).is_file():
+        raise FileNotFoundError(f"{folder} has no {RECORD}: it is no folder of a perturbation run.")
+    return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+
+
+def finished_parts(folder: Path) -> list[Path]:
+    """The parts of a finished run's folder, in order. Raises FileNotFoundError if any is missing."""
+    paths = [folder / part_name(i) for i in range(read_record(folder)["n_parts"])]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing):,} of {len(paths):,} parts (e.g. {missing[0]}): the run has not finished. "
+            "Start it again with the same arguments; it goes on where it stopped."
+        )
+    return paths
+
+
+def read_run(folder: Path, *, only_cells: bool = False) -> pa.Table:
     """All rows of a finished run's folder, or those of effects on cells.
 
     Raises  FileNotFoundError if parts are missing
     """
-    folder = Path(folder)
-    if not (folder / RECORD).is_file():
-        raise FileNotFoundError(f"{folder} has no {RECORD}: it is no folder of a perturbation run.")
-    n_parts = json.loads((folder / RECORD).read_text(encoding="utf-8"))["n_parts"]
-    missing = [i for i in range(n_parts) if not (folder / part_name(i)).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {len(missing):,} of {n_parts:,} parts (e.g. {part_name(missing[0])}): the run has not "
-            "finished. Start it again with the same arguments; it goes on where it stopped."
-        )
-    only_cells = only_cells and "affected" in pq.read_schema(folder / part_name(0)).names
+    paths = finished_parts(folder)
+    only_cells = only_cells and "affected" in pq.read_schema(paths[0]).names
     filters = [("affected", "=", CELL)] if only_cells else None
-    return pa.concat_tables([pq.read_table(folder / part_name(i), filters=filters) for i in range(n_parts)])
+    return pa.concat_tables([pq.read_table(path, filters=filters) for path in paths])
 
 
 def _model_hash(encoder: Any) -> str:

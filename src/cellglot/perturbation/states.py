@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from ..embedding import embed_tokens
+from ..embedding_files import replaced_when_complete
 from ..tokenization.gene_ids import examples
 from .cells import Cells
 
@@ -44,7 +46,7 @@ class CellStates:
 
     @property
     def names(self) -> list[str]:
-        """States that shifts are measured to, the goal first: tables and figures show it first too."""
+        """States that shifts are measured to, the goal first, as in tables and figures, and the start last."""
         return [self.goal, *self.alternatives, self.start]
 
     def check_labels(self, labels: np.ndarray) -> None:
@@ -54,6 +56,15 @@ class CellStates:
         for state in needed:
             if state not in found:
                 raise ValueError(f"No cell has {self.column} {state!r}; the column holds {examples(found, 9)}.")
+
+    def check_filled(self, labels: np.ndarray, n_genes: np.ndarray) -> None:
+        """Raises ValueError for a state that has no embedding, as all its cells are empty.
+
+        n_genes  (cells,) of the vocabulary
+        """
+        for state in self.names if self.embeddings is None else []:
+            if not n_genes[labels == state].any():
+                raise ValueError(f"All {(labels == state).sum():,} cells of state {state!r} are empty.")
 
     def given_embeddings(self, width: int) -> np.ndarray:
         """(states, width) the embeddings that were passed in, checked."""
@@ -96,14 +107,31 @@ def embed_states(
             block = embed_tokens(tokens, model, tokenizer, layer=layer, pooling=pooling, max_tokens=max_tokens)
             block = block[[len(t) > len(cells.wrapping) for t in tokens]]
             blocks.append(block if summary == "median" else _Sum(block))
-        if sum(len(block) for block in blocks) == 0:
-            raise ValueError(f"All {len(chosen):,} cells of state {state!r} are empty.")
+        assert sum(len(block) for block in blocks), f"{state!r} has no cells with genes"
         if summary == "median":
             # Of an even number of cells the lower one in the middle, as torch.median in the original
             out.append(np.quantile(np.concatenate(blocks), 0.5, axis=0, method="lower"))
         else:
             out.append(sum(block.total for block in blocks) / sum(len(block) for block in blocks))
     return np.stack(out).astype(np.float32)
+
+
+def write_states(path: Path, names: Sequence[str], states_sd: np.ndarray) -> None:
+    """Keeps the embeddings of states in a Parquet file with columns state and embedding."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(states_sd.ravel()), states_sd.shape[1])
+    with replaced_when_complete(path) as partial:
+        pq.write_table(pa.table({"state": pa.array(names, pa.string()), "embedding": rows}), partial)
+
+
+def read_states(path: Path) -> dict[str, np.ndarray]:
+    """State -> (width,) float32 embedding, of a file that `write_states` wrote."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    return dict(zip(table["state"].to_pylist(), table["embedding"].to_pandas(), strict=True))
 
 
 class _Sum:

@@ -7,6 +7,7 @@ Source: Theodoris et al., Nature 2023, Methods, "In silico perturbation"; the or
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,8 @@ def shifts_to_states(
 ) -> pd.DataFrame:
     """Which genes bring cells closer to a state, a row for each state and gene.
 
-    states   those to test, by default all that shifts were measured to
+    states   those to test; by default all that shifts were measured to, without the start state where it is known
+             (`effects.attrs["start"]`, set by `perturb_cells` and `read_perturbations`)
     Returns  DataFrame, states in that order, significant genes first, then by falling shift, with columns
              state, gene
              n_cells         cells in which the gene was perturbed
@@ -42,7 +44,10 @@ def shifts_to_states(
         raise ValueError(
             "The effects hold no shifts to states; perturb_cells measures them with states=CellStates(...)."
         )
-    if states is not None:
+    if states is None:
+        start = f"shift_to_{effects.attrs.get('start')}"
+        columns = [column for column in columns if column != start] or columns
+    else:
         columns = [f"shift_to_{state}" for state in states]
     effects = _on_cells(effects, columns)
     if effects["gene"].nunique() < 2:
@@ -70,13 +75,16 @@ def versus_null(
     """Which genes act differently in these cells than in a null set of cells.
 
     null     effects of the same perturbation of other cells, e.g. random ones
-    value    column to compare
-    Returns  DataFrame of the genes of `effects`, significant ones first, then by falling difference, with columns
+    value    column to compare: the similarity, or a shift to a state that was measured in both
+    Returns  DataFrame of the genes of `effects`, significant ones first, then from those that act more strongly in
+             these cells to those that act more strongly in the null, with columns
              gene, n_cells, n_null_cells
              mean, null_mean  of `value`; NaN where no null cell has the gene
-             difference       mean - null_mean
+             difference       mean - null_mean. Stronger in these cells is below 0 for the similarity, which falls
+                              the more, the more a cell changes; above 0 for a shift
              p_value          Wilcoxon rank-sum test; 1 where no null cell has the gene
              fdr, significant Benjamini-Hochberg adjusted, and below `significance`
+             value            what was compared
     """
     effects, null = _on_cells(effects, [value]), _on_cells(null, [value])
     of_null = {gene: values.to_numpy() for gene, values in null.groupby("gene")[value]}
@@ -103,7 +111,9 @@ def versus_null(
     table.insert(5, "difference", table["mean"] - table["null_mean"])
     table["fdr"] = false_discovery_control(table["p_value"])
     table["significant"] = table["fdr"] < significance
-    table = table.sort_values(["significant", "difference", "fdr"], ascending=[False, False, True])
+    table["value"] = value
+    falls_with_effect = value == "cosine_similarity"
+    table = table.sort_values(["significant", "difference", "fdr"], ascending=[False, falls_with_effect, True])
     return table.reset_index(drop=True)
 
 
@@ -135,17 +145,24 @@ def impact_mixture(effects: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
             f"A mixture of two components needs at least {MIN_GENES} genes with different effects, found {len(means)} "
             f"{'gene' if len(means) == 1 else 'genes'}{' with equal ones' if len(means) >= MIN_GENES else ''}."
         )
-    mixture = GaussianMixture(n_components=2, random_state=seed).fit(means[:, None])
+    centre, spread = means.mean(), means.std()
+
+    def standardized(values: np.ndarray) -> np.ndarray:
+        # The fit adds 1e-6 to variances, so as not to collapse: as much as real effects of 0.001 vary.
+        return (values[:, None] - centre) / spread
+
+    mixture = GaussianMixture(n_components=2, random_state=seed).fit(standardized(means))
     mean_of_component = np.asarray(mixture.means_)[:, 0]
     impact, rest = np.argsort(mean_of_component)
 
     def has_impact(values: np.ndarray) -> np.ndarray:
-        likelier = mixture.predict(values[:, None]) == impact
-        beyond = np.where(values < mean_of_component[impact], True, likelier)
-        return np.where(values > mean_of_component[rest], False, beyond)
+        z = standardized(values)
+        likelier = mixture.predict(z) == impact
+        beyond = np.where(z[:, 0] < mean_of_component[impact], True, likelier)
+        return np.where(z[:, 0] > mean_of_component[rest], False, beyond)
 
     table["impact"] = has_impact(means)
-    table["impact_probability"] = mixture.predict_proba(means[:, None])[:, impact]
+    table["impact_probability"] = mixture.predict_proba(standardized(means))[:, impact]
     every = effects["cosine_similarity"].to_numpy()
     share = pd.Series(has_impact(every), index=effects.index).groupby(effects["gene"], sort=False).mean()
     table["impact_share"] = table["gene"].map(share)
@@ -153,14 +170,19 @@ def impact_mixture(effects: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
-def mean_effects(effects: pd.DataFrame) -> pd.DataFrame:
+def mean_effects(effects: pd.DataFrame | str | Path) -> pd.DataFrame:
     """Effects of each perturbed gene (on each affected gene), summed up over cells.
 
+    effects  or the folder of a finished run, whose effects on genes are then read a piece at a time
     Returns  DataFrame, effects on cells first, then by rising similarity, with columns
              gene, and affected where effects on genes were measured
              n_cells, mean, sd  of the cosine similarity; sd is of the population (divides by n), as in the original
              shift_to_<state>   mean shift, where shifts were measured
     """
+    if isinstance(effects, str | Path):
+        from .streamed_means import mean_effects_of_folder
+
+        return mean_effects_of_folder(Path(effects))
     _check(effects, ["cosine_similarity"])
     by = ["gene", "affected"] if "affected" in effects else ["gene"]
     shifts = [str(name) for name in effects if str(name).startswith("shift_to_")]
