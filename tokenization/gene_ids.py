@@ -18,12 +18,20 @@ _HUMAN_GENE = re.compile(r"^ENSG\d{11}", re.IGNORECASE)
 # Columns of `var` that hold gene identifiers in the files people share, in order of trust; the index is tried last.
 GENE_ID_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id", "Accession")
 
+# Columns of `var` that hold symbols
+GENE_SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "gene_name", "feature_name", "symbol")
+
 
 def canonical_id(name: str) -> str:
     """An Ensembl id in upper case and without version; any other name, such as the clone `RP11-206L10.9`, as it is."""
     name = name.strip()
     match = _ENSEMBL.match(name)
     return match[1].upper() if match else name
+
+
+def is_ensembl_id(name: str) -> bool:
+    """Whether a name is an Ensembl stable id of any species, with version or not."""
+    return _ENSEMBL.match(name.strip()) is not None
 
 
 def is_named(name: str) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 from cellglot.datasets_scripts.pbmc import PBMC
 from cellglot.datasets_scripts.ragged_counts import read_ragged
 from cellglot.tokenization.count_matrix import open_counts
+from cellglot.tokenization.gene_ids import GENE_SYMBOL_COLUMNS, is_ensembl_id, is_named
 from cellglot.tokenization.medians import vocabulary_from_corpus
 from cellglot.tokenization.rank_value import (
     SPECIAL_TOKENS,
@@ -194,9 +195,12 @@ def _tokenize(config: Any, sources: list[CellSource], folder: Path) -> None:
             aliases=read_aliases(config.aliases),
             cells=[s.train for s in sources],
         )
-        tokenizer = RankValueTokenizer.from_vocabulary(
-            table, layout=config.layout, aliases=config.aliases, max_length=config.max_length
-        )
+        options = {"layout": config.layout, "max_length": config.max_length}
+        aliases = read_aliases(config.aliases)
+        tokenizer = RankValueTokenizer.from_vocabulary(table, aliases=aliases, **options)
+        # With the files' own symbols, people can name genes by them ever after.
+        aliases = {**corpus_symbols(config, sources, tokenizer), **aliases}
+        tokenizer = RankValueTokenizer.from_vocabulary(table, aliases=aliases, **options)
     else:
         tokenizer = load_vocabulary(config)
     for i, source in enumerate(sources):
@@ -216,6 +220,23 @@ def _tokenize(config: Any, sources: list[CellSource], folder: Path) -> None:
                     )
                 print(f"{split}: {report}")
     tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def corpus_symbols(config: Any, sources: list[CellSource], tokenizer: RankValueTokenizer) -> dict[str, str]:
+    """Symbol -> gene of the vocabulary, as the files name their genes; without symbols that several genes bear."""
+    genes = tokenizer.resolver.vocabulary
+    found: dict[str, set[str]] = {}
+    for source in sources:
+        with open_counts(source.source, layer=config.layer) as matrix:
+            index_g = tokenizer.match_genes(matrix, config.gene_ids).index_g
+            columns = [matrix.var.index, *(matrix.var[name] for name in GENE_SYMBOL_COLUMNS if name in matrix.var)]
+            for column in columns:
+                for name, g in zip(map(str, column), index_g, strict=True):
+                    # An Ensembl id is resolved as it is, or is another gene's.
+                    if g >= 0 and is_named(name) and not is_ensembl_id(name):
+                        found.setdefault(name, set()).add(genes[g])
+    known = set(genes)
+    return {name: min(targets) for name, targets in found.items() if len(targets) == 1 and name not in known}
 
 
 def _split_tokens(config: Any, folder: Path) -> None:

@@ -8,6 +8,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import yaml
 
 from cellglot import GeneformerForMaskedLM, RankValueTokenizer
@@ -125,6 +126,22 @@ def test_medians_come_from_training_cells_only(corpus, tmp_path):
     assert len(data.train) == sum(s.train.sum() for s in sources)
 
 
+def test_symbols_of_the_files_name_genes_of_the_model(tmp_path):
+    cells = synthetic_cells(40, 11)
+    cells.X = cells.X + sp.csr_matrix(np.ones(cells.shape, dtype=np.float32))  # so that each gene is expressed
+    cells.var["ensembl_id"] = cells.var_names
+    # A symbol that two genes bear tells neither; one that is another gene's id is none.
+    cells.var_names = [f"SYM{i}" for i in range(10)] + [str(cells.var_names[0])]
+    cells.var["gene_name"] = [f"name{i}" for i in range(9)] + ["twice", "twice"]
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    data = prepare_data(config(data=str(tmp_path / "cells.h5ad")), tmp_path / "data")
+    genes = list(cells.var["ensembl_id"])
+    aliases = data.tokenizer.gene_aliases
+    assert aliases == {f"SYM{i}": genes[i] for i in range(10)} | {f"name{i}": genes[i] for i in range(9)}
+    match = data.tokenizer.resolver.match(["sym3", "name8", "twice", f"{genes[0]}.7"])
+    assert match.index_g.tolist() == [3, 8, -1, 0]
+
+
 def test_groups_are_held_out_whole(corpus):
     sources, _, _ = find_sources(config(data=str(corpus), split_by="donor", validation_fraction=0.3))
     donors = {"train": set(), "validation": set()}
@@ -231,8 +248,6 @@ def test_the_default_corpus_is_found_offline():
 
 
 def test_the_most_variable_genes_of_training_cells_are_kept(monkeypatch):
-    import scipy.sparse as sp
-
     from cellglot.train import expression_features
 
     x = np.random.default_rng(0).normal(size=(30, 5)) * [1, 5, 1, 3, 1]

@@ -37,7 +37,7 @@ ROWS_PER_TABLE = 250_000
 # Least rows of a row group of a part, but for the last: one for each block of few cells reads slowly and is large.
 ROWS_PER_GROUP = 50_000
 # Of the folder; an older one is refused once what it holds means something else.
-FORMAT = 2
+FORMAT = 1
 
 
 @dataclass(frozen=True)

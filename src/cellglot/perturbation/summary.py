@@ -7,11 +7,10 @@ from typing import Any
 from ..embedding_files import replaced_when_complete
 from ..figures import save_figure
 from ..tokenization.count_matrix import open_counts
+from ..tokenization.gene_ids import GENE_SYMBOL_COLUMNS
 from . import figures, statistics
 from .run import read_run
 from .states import CellStates
-
-GENE_SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "gene_name", "feature_name", "symbol")
 
 
 def summarize(output: Path, states: CellStates | None, null: Path | None, labels: dict[str, str]) -> None:
