@@ -62,7 +62,7 @@ def test_options_when_made_and_when_called(folders, tmp_path):
     assert np.nanmax(abs(found - last)) > 0.01
     np.testing.assert_array_equal(pipe(adata).obsm["X_last"], last)
     assert pipe(root / "cells.h5ad", output=tmp_path / "e.parquet") == tmp_path / "e.parquet"
-    with pytest.raises(TypeError, match="unexpected keyword argument 'poolin'"):
+    with pytest.raises(ValueError, match="There is no option 'poolin'"):
         pipe(adata, poolin="mean")
 
 

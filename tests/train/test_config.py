@@ -7,6 +7,7 @@ import pytest
 
 from cellglot.train.config import option, parse_config, write_run_record
 from cellglot.train.loop import LoopConfig
+from cellglot.train.finetune import FinetuneConfig
 from cellglot.train.pretrain import PretrainConfig
 
 
@@ -90,7 +91,8 @@ def test_recipes_in_the_tree_parse():
     recipes = sorted((Path(__file__).parents[2] / "train" / "recipes").glob("*.yaml"))
     assert recipes
     for path in recipes:
-        assert parse_config(PretrainConfig, ["--recipe", str(path)]) != PretrainConfig()
+        kind = FinetuneConfig if path.name.startswith("finetune") else PretrainConfig
+        assert parse_config(kind, ["--recipe", str(path)]) != kind()
 
 
 def test_run_record_says_what_the_run_depends_on(tmp_path):
