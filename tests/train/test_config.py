@@ -6,8 +6,8 @@ from typing import Literal
 import pytest
 
 from cellglot.train.config import option, parse_config, write_run_record
-from cellglot.train.loop import LoopConfig
 from cellglot.train.finetune import FinetuneConfig
+from cellglot.train.loop import LoopConfig
 from cellglot.train.pretrain import PretrainConfig
 
 
