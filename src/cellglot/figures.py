@@ -38,7 +38,10 @@ def plot_umap(coordinates: np.ndarray, labels: Sequence[str] | None = None, ax: 
             ax.scatter(
                 *chosen.T, s=size, linewidths=0, color=colours[i % len(colours)], label=f"{name} ({len(chosen)})"
             )
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=1.5, fontsize="small")
+        legend = ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
+        for handle in legend.legend_handles:
+            # The dots of thousands of cells are too small to show a colour.
+            handle.set_sizes([24])
     ax.set(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[], title="Cell embeddings")
     return ax
 

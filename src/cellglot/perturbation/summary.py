@@ -26,10 +26,11 @@ def summarize(output: Path, states: CellStates | None, null: Path | None, labels
         if name.endswith(".png"):
             save_figure(content, output / name)
         else:
+            content = _with_symbols(content, labels)
             if name == "statistics.csv":
                 print(content.head(10).to_string(index=False))
             with replaced_when_complete(output / name) as partial:
-                _with_symbols(content, labels).to_csv(partial, index=False)
+                content.to_csv(partial, index=False)
         written.append(name)
     print(f"written to {output}: {', '.join(written)}, and the effects in each cell as part-*.parquet")
 
