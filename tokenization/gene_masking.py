@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from .packing import packed_cells
+
 IGNORED_LABEL = -100
 
 
@@ -47,7 +49,7 @@ def mask_genes(
 
 @dataclass
 class MaskedGeneCollator:
-    """Pads cells into a batch with masked genes.
+    """Packs cells into a batch with masked genes.
 
     tokenizer  the `RankValueTokenizer` that made the cells
     """
@@ -60,21 +62,15 @@ class MaskedGeneCollator:
         self._gene_token_ids = np.asarray(self.tokenizer.gene_token_ids)
 
     def __call__(self, rows: Sequence[dict[str, Any]], keys: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """A batch of PyTorch tensors input_ids, attention_mask, labels, each (cells, longest).
+        """What `packed_cells` returns, and labels (1, tokens of all cells).
 
         rows  one dictionary with input_ids a cell
         keys  one key of integers a cell (seed, epoch, cell): all the randomness there is
         """
         import torch
 
-        longest = max(len(row["input_ids"]) for row in rows)
-        shape = (len(rows), longest)
-        input_ids = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
-        labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-        attention_mask = np.zeros(shape, dtype=np.int64)
-        for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
-            n = len(row["input_ids"])
-            input_ids[i, :n], labels[i, :n] = mask_genes(
+        masked = [
+            mask_genes(
                 row["input_ids"],
                 np.random.default_rng(key),
                 gene_token_ids=self._gene_token_ids,
@@ -82,6 +78,7 @@ class MaskedGeneCollator:
                 probability=self.probability,
                 include_special_tokens=self.include_special_tokens,
             )
-            attention_mask[i, :n] = 1
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+            for row, key in zip(rows, keys, strict=True)
+        ]
+        labels = np.concatenate([labels for _, labels in masked])
+        return packed_cells([ids for ids, _ in masked]) | {"labels": torch.from_numpy(labels).unsqueeze(0)}

@@ -13,7 +13,6 @@ Axes: n cells, t tokens, d width, h heads, v vocabulary.
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,46 +34,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_geneformer import PackedCells, eager_attention_forward, packed_attention
 from .configuration_geneformer import GeneformerConfig
 
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T * scaling + mask) v, with the weights. query, key, value (n, h, t, d/h); returns (n, t, h, d/h)."""
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-def packed_attention_forward(
-    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention within each cell of a packed batch, one cell after another: nothing is computed across cells.
-
-    query, key, value  (1, h, tokens of all cells, d/h)
-    cu_seqlens         (cells + 1,) where cells begin, and the end
-    Returns            (1, tokens of all cells, h, d/h)
-    """
-    lengths = cu_seqlens.diff().tolist()
-    cells = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    return torch.cat([attend(module, *qkv, attention_mask=None, **kwargs)[0] for qkv in cells], dim=1), None
+# Logits that a GPU holds at once: 1 GiB of float32
+LOGITS_AT_ONCE = 2**28
 
 
 def cell_vectors(
@@ -98,6 +62,33 @@ def cell_vectors(
         return x.mean(dim=1)
     mask = attention_mask.to(x.dtype).unsqueeze(-1)
     return (x * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def every_token_shown(config: GeneformerConfig, kwargs: dict[str, Any]) -> bool:
+    """Whether a caller wants hidden states of all tokens, so that the last layer cannot leave any out."""
+    wanted = kwargs.get("output_hidden_states")
+    return bool(config.output_hidden_states if wanted is None else wanted)
+
+
+def masked_gene_loss(x: torch.Tensor, decoder: nn.Linear, labels: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy of decoder(x) with the labels, a few rows of logits at a time, gradients along with them.
+
+    x       (labelled tokens, d)
+    labels  (labelled tokens,) genes
+    """
+    weight, bias = decoder.weight, decoder.bias
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    elif x.dtype != weight.dtype:
+        x = x.to(weight.dtype)
+    options = None
+    if x.device.type == "cpu" or len(labels) * len(weight) > LOGITS_AT_ONCE:
+        rows = 256 if x.device.type == "cpu" else max(LOGITS_AT_ONCE // len(weight), 1)
+        options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=rows)
+    return nn.functional.linear_cross_entropy(
+        x, weight, labels, linear_bias=bias, reduction="sum", options=options
+    ).float()
 
 
 def classification_loss(
@@ -152,24 +143,30 @@ class GeneformerSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, x: torch.Tensor, attention_mask: Any, cu_seqlens: torch.Tensor | None, **kwargs: Any
+        self,
+        queries: torch.Tensor,
+        x: torch.Tensor,
+        attention_mask: Any,
+        cells: PackedCells | None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        n, t, _ = x.shape
-        q, k, v = (f(x).view(n, t, -1, self.head_size).transpose(1, 2) for f in (self.query, self.key, self.value))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation,  # type: ignore[arg-type]
-            eager_attention_forward,
+        q, k, v = (
+            y.view(*y.shape[:2], -1, self.head_size).transpose(1, 2)
+            for y in (self.query(queries), self.key(x), self.value(x))
         )
+        implementation: Any = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         options = {
             "scaling": self.scaling,
             "dropout": self.config.attention_probs_dropout_prob if self.training else 0.0,
             **kwargs,
         }
-        if cu_seqlens is None:
+        if cells is None:
             out, weights = attend(self, q, k, v, attention_mask, **options)
         else:
-            out, weights = packed_attention_forward(attend, self, q, k, v, cu_seqlens, **options)
-        return out.reshape(n, t, -1), weights
+            out = packed_attention(attend, self, q, k, v, cells, implementation=implementation, **options)
+            weights = None
+        return out.flatten(2), weights
 
 
 class GeneformerResidual(nn.Module):
@@ -193,8 +190,11 @@ class GeneformerAttention(nn.Module):
         self.self = GeneformerSelfAttention(config)
         self.output = GeneformerResidual(config, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.output(self.self(x, *args, **kwargs)[0], x)
+    def forward(
+        self, x: torch.Tensor, *args: Any, output_positions: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        queries = x if output_positions is None else x[:, output_positions]
+        return self.output(self.self(queries, x, *args, **kwargs)[0], queries)
 
 
 class GeneformerIntermediate(nn.Module):
@@ -399,53 +399,80 @@ class GeneformerModel(GeneformerPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        output_positions: torch.Tensor | None = None,
         num_layers: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
         """Hidden states of every token.
 
-        input_ids       (n, t) token ids; or (1, tokens of all cells) packed, with cu_seqlens
-        attention_mask  (n, t) 1 for tokens, 0 for padding; not with cu_seqlens, which needs no padding
-        position_ids    (n, t) or (1, t) ranks from 0; by default each cell's own
-        inputs_embeds   (n, t, d) gene embeddings in place of input_ids
-        cu_seqlens      (cells + 1,) offsets of the cells of a packed batch, from 0 to the number of tokens
-        num_layers      runs only the first layers; all by default
-        Raises          ValueError for cells longer than the context, or arguments that exclude each other
+        input_ids         (n, t) token ids; or (1, tokens of all cells) packed, with cu_seqlens
+        attention_mask    (n, t) 1 for tokens, 0 for padding; not with cu_seqlens, which needs no padding
+        position_ids      (n, t) or (1, t) ranks from 0; by default each cell's own
+        inputs_embeds     (n, t, d) gene embeddings in place of input_ids
+        cu_seqlens        (cells + 1,) offsets of the cells of a packed batch, from 0 to the number of tokens
+        max_seqlen        tokens of the longest cell of a packed batch. With it and position_ids nothing is read back
+                          from a GPU; cu_seqlens is then trusted
+        output_positions  (wanted,) ascending positions in a packed batch: the last layer computes these tokens only,
+                          and last_hidden_state is (1, wanted, d)
+        num_layers        runs only the first layers; all by default
+        Raises            ValueError for cells longer than the context, or arguments that exclude each other
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
         genes = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if cu_seqlens is not None:
-            self._check_packed(genes, attention_mask, cu_seqlens, kwargs)
+        if cu_seqlens is None:
+            longest = genes.shape[1]
+            if output_positions is not None or max_seqlen is not None:
+                raise ValueError("output_positions and max_seqlen are for packed batches: pass cu_seqlens.")
+        else:
+            self._check_packed(genes, attention_mask, kwargs)
+            if max_seqlen is None:
+                max_seqlen = self._longest(cu_seqlens)
+            longest = max_seqlen
+        if longest > self.config.max_position_embeddings:
+            raise ValueError(
+                f"A cell has {longest:,} tokens, but this model reads {self.config.max_position_embeddings:,} at "
+                "the most. Encode the cells with max_length=..., which keeps the highest-ranked genes."
+            )
         if position_ids is None:
             t = torch.arange(genes.shape[1], device=genes.device)
             starts = 0 if cu_seqlens is None else cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
             position_ids = (t - starts).unsqueeze(0)
-            longest = genes.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
-            if longest > self.config.max_position_embeddings:
-                raise ValueError(
-                    f"A cell has {longest:,} tokens, but this model reads {self.config.max_position_embeddings:,} at "
-                    "the most. Encode the cells with max_length=..., which keeps the highest-ranked genes."
-                )
         x = self.embeddings(genes, position_ids)
+        layers = self.encoder.layer[:num_layers]
         if cu_seqlens is None:
             attention_mask = create_bidirectional_mask(self.config, x, attention_mask)
-        for layer in self.encoder.layer[:num_layers]:
-            x = layer(x, attention_mask, cu_seqlens, **kwargs)
+            for layer in layers:
+                x = layer(x, attention_mask, None, **kwargs)
+            return BaseModelOutput(last_hidden_state=x)
+        keys = cu_seqlens.int()
+        cells = PackedCells(keys, keys, longest)
+        for layer in layers if output_positions is None else layers[:-1]:
+            x = layer(x, None, cells, **kwargs)
+        if output_positions is not None:
+            if len(layers) == 0:
+                return BaseModelOutput(last_hidden_state=x[:, output_positions])
+            queries = torch.searchsorted(output_positions, cu_seqlens.to(output_positions.dtype)).int()
+            cells = PackedCells(keys, queries, longest)
+            x = layers[-1](x, None, cells, output_positions=output_positions, **kwargs)
         return BaseModelOutput(last_hidden_state=x)
 
-    def _check_packed(
-        self, genes: torch.Tensor, attention_mask: torch.Tensor | None, cu_seqlens: torch.Tensor, kwargs: dict[str, Any]
-    ) -> None:
+    def _check_packed(self, genes: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
         if attention_mask is not None or genes.shape[0] != 1:
             raise ValueError(
                 f"A packed batch (cu_seqlens) has one row and no attention_mask; found {genes.shape[0]} rows"
                 f"{'' if attention_mask is None else ' and a mask'}."
             )
-        if int(cu_seqlens.diff().min()) < 1:
-            raise ValueError("A packed batch has no empty cells, but cu_seqlens has equal neighbours: leave them out.")
         if kwargs.get("output_attentions"):
             raise ValueError("Attention weights of packed cells do not form one tensor; pad the cells instead.")
+
+    @staticmethod
+    def _longest(cu_seqlens: torch.Tensor) -> int:
+        lengths = cu_seqlens.diff()
+        if int(lengths.min()) < 1:
+            raise ValueError("A packed batch has no empty cells, but cu_seqlens has equal neighbours: leave them out.")
+        return int(lengths.max())
 
 
 class GeneformerForMaskedLM(GeneformerPreTrainedModel):
@@ -485,20 +512,31 @@ class GeneformerForMaskedLM(GeneformerPreTrainedModel):
 
         labels              (n, t) gene to predict, -100 where none is
         num_items_in_batch  divides the summed loss in place of the number of labels (gradient accumulation)
-        Returns             with labels: loss, and logits (labelled tokens, v) in order of position.
+        Returns             with labels: loss, and in evaluation mode logits (labelled tokens, v) in order of position;
+                            while training they are never held all at once.
                             Without: logits (n, t, v)
         The other arguments are those of `GeneformerModel`.
         """
+        labelled = None if labels is None else (labels.flatten() != -100).nonzero().squeeze(1)
+        # 85% of tokens carry no label. Of a packed batch, not even the last layer is computed for them.
+        packed = kwargs.get("cu_seqlens") is not None
+        shortened = labelled is not None and len(labelled) > 0 and packed and not every_token_shown(self.config, kwargs)
+        if shortened:
+            kwargs["output_positions"] = labelled
         outputs = self.bert(input_ids, attention_mask=attention_mask, **kwargs)
-        x, loss = outputs.last_hidden_state, None
-        if labels is not None:
-            # Most of the vocabulary-wide product would be thrown away: 85% of tokens carry no label.
-            labelled = labels != -100
-            x, labels = x[labelled], labels[labelled]
-        logits = self.cls(x)
-        if labels is not None:
-            n = max(labels.numel(), 1) if num_items_in_batch is None else num_items_in_batch
-            loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / n
+        x, logits, loss = outputs.last_hidden_state, None, None
+        if labels is None or labelled is None:
+            logits = self.cls(x)
+        else:
+            x, labels = x.flatten(0, 1), labels.flatten()[labelled]
+            x = x if shortened else x[labelled]
+            if self.training:
+                head = self.cls.predictions
+                loss = masked_gene_loss(head.transform(x), head.decoder, labels)
+            else:
+                logits = self.cls(x)
+                loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            loss = loss / (max(labels.numel(), 1) if num_items_in_batch is None else num_items_in_batch)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -516,12 +554,22 @@ class GeneformerClassifier(GeneformerPreTrainedModel):
         rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(rate)
 
-    def pooled(
-        self, x: torch.Tensor, attention_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
-    ) -> torch.Tensor:
-        """(cells, d) what a classifier of cells sees of the last hidden states."""
-        x = cell_vectors(x, self.config.classifier_pooling, attention_mask, cu_seqlens)
-        return self.dropout(x if self.bert.pooler is None else self.bert.pooler(x))
+    def encode_cells(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, BaseModelOutput]:
+        """(cells, d) what a classifier of cells sees, and the encoder's outputs."""
+        pooling = self.config.classifier_pooling
+        firsts = None
+        if cu_seqlens is not None and pooling == "first" and not every_token_shown(self.config, kwargs):
+            firsts = kwargs["output_positions"] = cu_seqlens[:-1].long()
+        outputs = self.bert(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens, **kwargs)
+        x = outputs.last_hidden_state
+        x = cell_vectors(x, pooling, attention_mask, cu_seqlens) if firsts is None else x[0]
+        return self.dropout(x if self.bert.pooler is None else self.bert.pooler(x)), outputs
 
 
 class GeneformerForSequenceClassification(GeneformerClassifier):
@@ -554,8 +602,8 @@ class GeneformerForSequenceClassification(GeneformerClassifier):
         Returns             logits (cells, classes)
         The other arguments are those of `GeneformerModel`.
         """
-        outputs = self.bert(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens, **kwargs)
-        logits = self.classifier(self.pooled(outputs.last_hidden_state, attention_mask, cu_seqlens))
+        pooled, outputs = self.encode_cells(input_ids, attention_mask, cu_seqlens, **kwargs)
+        logits = self.classifier(pooled)
         loss = None if labels is None else classification_loss(logits, labels, class_weights, num_items_in_batch)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -640,8 +688,7 @@ class GeneformerForMultiTaskSequenceClassification(GeneformerClassifier):
         Returns        loss: the mean over all labelled cells and tasks, each task weighed by `config.task_weights`
         The other arguments are those of `GeneformerForSequenceClassification`.
         """
-        outputs = self.bert(input_ids, attention_mask=attention_mask, cu_seqlens=cu_seqlens, **kwargs)
-        pooled = self.pooled(outputs.last_hidden_state, attention_mask, cu_seqlens)
+        pooled, outputs = self.encode_cells(input_ids, attention_mask, cu_seqlens, **kwargs)
         logits = tuple(classifier(pooled) for classifier in self.classifiers)
         loss = None
         if labels is not None:

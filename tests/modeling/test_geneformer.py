@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from cellglot import GeneformerConfig, GeneformerForMaskedLM, GeneformerModel
 from cellglot.modeling.geneformer import PRESETS
+from cellglot.tokenization.packing import packed_cells
 
 VOCABULARY = 101
 LENGTHS = (13, 7, 11)
@@ -32,6 +33,9 @@ def tiny_batch(seed=0):
     mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
     labels = torch.where((torch.rand(ids.shape, generator=generator) < 0.4) & mask.bool(), ids, -100)
     return ids * mask, mask, labels
+
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def packed(x):
@@ -77,9 +81,11 @@ def test_attention_backends_agree_with_eager(attention):
         assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_padded_and_one_by_one_give_the_same_loss_and_gradients(attention):
-    model = tiny_model()
+def test_packed_padded_and_one_by_one_give_the_same_loss_and_gradients(attention, training):
+    # Training takes other ways to the loss than evaluation does.
+    model = tiny_model(**NO_DROPOUT).train(training)
     model.set_attn_implementation(attention)
     ids, mask, labels = tiny_batch()
 
@@ -223,12 +229,61 @@ def test_bad_configurations_and_inputs():
         model(torch.ones(1, 20, dtype=torch.long), cu_seqlens=torch.tensor([0, 2, 20]))
     with pytest.raises(ValueError, match="one row and no attention_mask; found 3 rows and a mask"):
         model(*tiny_batch()[:2], cu_seqlens=CU_SEQLENS)
+    with pytest.raises(ValueError, match="are for packed batches"):
+        model(*tiny_batch()[:2], output_positions=torch.tensor([0]))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("num_layers", [0, 1, 2])
+def test_last_layer_computes_only_the_tokens_asked_for(attention, num_layers):
+    model = tiny_model().bert
+    model.set_attn_implementation(attention)
+    ids, _, _ = tiny_batch()
+    given = {"input_ids": packed(ids), "cu_seqlens": CU_SEQLENS, "num_layers": num_layers}
+    # Of the second cell, from place 13 to 19, nothing is wanted.
+    wanted = torch.tensor([2, 12, 20, 21, 30])
+    with torch.no_grad():
+        every = model(**given).last_hidden_state
+        some = model(**given, output_positions=wanted).last_hidden_state
+    assert_close(some, every[:, wanted], atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_states_are_of_every_token_when_they_are_asked_for():
+    model = tiny_model()
+    ids, _, labels = tiny_batch()
+    outputs = model(packed(ids), labels=packed(labels), cu_seqlens=CU_SEQLENS, output_hidden_states=True)
+    assert [x.shape[1] for x in outputs.hidden_states] == [sum(LENGTHS)] * 3
+
+
+def test_packed_batches_with_max_seqlen_and_positions_are_the_same():
+    model = tiny_model()
+    ids, _, labels = tiny_batch()
+    cells = [row[:n].numpy() for row, n in zip(ids, LENGTHS, strict=True)]
+    given = packed_cells(cells)
+    assert torch.equal(given["input_ids"], packed(ids))
+    with torch.no_grad():
+        expected = model(packed(ids), labels=packed(labels), cu_seqlens=CU_SEQLENS)
+        found = model(**given, labels=packed(labels))
+    assert torch.equal(found.logits, expected.logits)
+
+
+def test_loss_in_bfloat16_is_near_that_in_float32():
+    model = tiny_model(**NO_DROPOUT).train()
+    ids, _, labels = tiny_batch()
+    given = {"input_ids": packed(ids), "labels": packed(labels), "cu_seqlens": CU_SEQLENS}
+    expected = model(**given).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(**given).loss
+    found.backward()
+    assert found.dtype == torch.float32
+    # bfloat16 has 8 bits
+    assert_close(found, expected, atol=0, rtol=2e-2)
+
+
 def test_packed_cells_restart_their_positions():
-    # 20 tokens in all are more than the context of 17, but no cell is.
+    # 31 tokens in all are more than the context of 17, but no cell is.
     model = tiny_model()
     ids, mask, _ = tiny_batch()
     with torch.no_grad():

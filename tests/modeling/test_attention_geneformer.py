@@ -1,0 +1,105 @@
+"""Attention with dropout on a CPU, against the same written out."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from cellglot import GeneformerConfig, GeneformerForMaskedLM
+from cellglot.modeling.geneformer import attention_geneformer
+from cellglot.modeling.geneformer.attention_geneformer import DropoutAttention, PackedCells, dropped_places
+
+HEADS, QUERIES, KEYS, WIDTH = 3, 11, 17, 5
+
+
+def tensors(seed=0):
+    torch.manual_seed(seed)
+    shapes = ((HEADS, QUERIES, WIDTH), (HEADS, KEYS, WIDTH), (HEADS, KEYS, WIDTH))
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("block_size", [1, 4 * HEADS * KEYS, 2**20])
+@pytest.mark.parametrize("dropout", [0.02, 0.3])
+def test_output_and_gradients_equal_the_definition(monkeypatch, block_size, dropout):
+    monkeypatch.setattr(attention_geneformer, "BLOCK_SIZE", block_size)
+    query, key, value = tensors()
+    grad = torch.randn(HEADS, QUERIES, WIDTH)
+
+    torch.manual_seed(7)
+    out = DropoutAttention.apply(query, key, value, 0.4, dropout)
+    found = torch.autograd.grad(out, (query, key, value), grad)
+
+    # The same weights are dropped: those that the seed chooses, block by block.
+    torch.manual_seed(7)
+    seed = int(torch.randint(2**62, ()))
+    kept = torch.ones(HEADS, QUERIES, KEYS)
+    for rows, dropped in attention_geneformer._blocks(query, key, dropout, seed):
+        block = torch.ones(HEADS, rows.stop - rows.start, KEYS)
+        block.view(-1)[dropped] = 0
+        kept[:, rows] = block
+    assert 0 < (kept == 0).float().mean() < 2 * dropout
+    expected = (torch.softmax(query @ key.transpose(1, 2) * 0.4, dim=-1) * kept / (1 - dropout)) @ value
+    assert_close(out, expected)
+    for a, b in zip(found, torch.autograd.grad(expected, (query, key, value), grad), strict=True):
+        assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("probability", [0.003, 0.1, 0.9])
+def test_every_place_is_dropped_with_the_probability_and_on_its_own(probability):
+    n, repeats = 101, 4000
+    generator = torch.Generator().manual_seed(0)
+    dropped = torch.zeros(repeats, n)
+    for row in dropped:
+        places = dropped_places(n, probability, generator)
+        assert (places.diff() > 0).all()
+        row[places] = 1
+    # Five standard errors
+    error = 5 * (probability * (1 - probability) / repeats) ** 0.5
+    assert (dropped.mean(dim=0) - probability).abs().max() < error
+    neighbours = (dropped[:, 1:] * dropped[:, :-1]).mean()
+    assert abs(neighbours - probability**2) < 5 * (probability**2 / (repeats * n)) ** 0.5
+
+
+def test_mask_of_flex_attention_keeps_to_cells():
+    keys, queries = torch.tensor([0, 3, 5, 9]), torch.tensor([0, 2, 2, 3])
+    mask = PackedCells(keys, queries, longest=4).block_mask
+    q, k = torch.arange(3)[:, None], torch.arange(9)[None]
+    allowed = mask.mask_mod(torch.tensor(0), torch.tensor(0), q, k)
+    cell_of_query, cell_of_key = torch.tensor([0, 0, 2]), torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+    assert torch.equal(allowed, cell_of_query[:, None] == cell_of_key[None])
+
+
+def test_dropout_of_a_run_that_goes_on_is_the_same():
+    config = GeneformerConfig(
+        vocab_size=101,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        attention_probs_dropout_prob=0.3,
+        hidden_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    model = GeneformerForMaskedLM(config).train()
+    ids = torch.randint(2, 101, (1, 23))
+    batch = {"input_ids": ids, "labels": ids, "cu_seqlens": torch.tensor([0, 11, 23])}
+
+    def loss(**options):
+        return model(**batch, **options).loss
+
+    state = torch.get_rng_state()
+    first, second = loss(), loss()
+    assert first != second
+    torch.set_rng_state(state)
+    assert torch.equal(loss(), first)
+    # Recomputed for gradient checkpointing, it drops the same.
+    torch.set_rng_state(state)
+    first.backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    model.activation_checkpointing_enable()
+    torch.set_rng_state(state)
+    loss().backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
+    model.eval()
+    assert torch.equal(loss(), loss())
