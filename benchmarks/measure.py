@@ -25,8 +25,13 @@ Contender = Callable[..., dict[str, Any]]
 
 def peak_rss_mb() -> float:
     """Peak resident memory of this process so far, in MB (10^6 bytes)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss, which Linux starts at the peak of the process that started this one.
+        peak_line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak_line.split()[1]) * 1024 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
+    # macOS counts in bytes, others in KiB.
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
@@ -134,7 +139,7 @@ def _gpu() -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    names = ("cellglot", "torch", "transformers", "datasets", "numpy", "numba", "h5py", "pyarrow")
+    names = ("cellglot", "torch", "transformers", "datasets", "numpy", "numba", "isal", "h5py", "pyarrow")
     found = {}
     for name in names:
         try:

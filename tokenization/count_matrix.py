@@ -17,8 +17,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from .gene_ids import GENE_ID_COLUMNS
+from .hdf5_ranges import range_reader
 
-CELLS_PER_BLOCK = 1024
+CELLS_PER_BLOCK = 512
 # Non-zeros of a CSC file gathered per pass: 12 bytes each, so about 400 MB at the most.
 CSC_VALUES_PER_PASS = 32_000_000
 
@@ -31,10 +32,11 @@ class InputError(ValueError):
 class CountMatrix:
     """Counts of `n_cells` cells over the genes of `var`, with `read(start, stop)` for a range of cells.
 
-    name  what to call it in a message (a path, or "AnnData")
-    obs   (n_cells,) pandas DataFrame, cell annotations, cell names as index
-    var   (n_genes,) pandas DataFrame, gene annotations, gene names as index
-    read  (start, stop) -> (stop - start, n_genes) CSR matrix or dense array, as stored
+    name        what to call it in a message (a path, or "AnnData")
+    obs         (n_cells,) pandas DataFrame, cell annotations, cell names as index
+    var         (n_genes,) pandas DataFrame, gene annotations, gene names as index
+    read        (start, stop) -> (stop - start, n_genes) CSR matrix or dense array, as stored
+    concurrent  whether several threads may read, in any order of cells; else one, best in file order
     """
 
     name: str
@@ -43,6 +45,7 @@ class CountMatrix:
     read: Callable[[int, int], Any]
     # Where else counts could be, for error messages: name -> reader
     other_matrices: dict[str, Callable[[int, int], Any]]
+    concurrent: bool = False
 
     @property
     def n_cells(self) -> int:
@@ -56,15 +59,31 @@ class CountMatrix:
         self, cells: np.ndarray | None = None, cells_per_block: int = CELLS_PER_BLOCK
     ) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:
         """(cell positions, counts as CSR) in file order, of all cells or of those marked in a boolean mask."""
+        for start, stop in self.block_ranges(cells, cells_per_block):
+            yield self.read_block(start, stop, cells)
+
+    def block_ranges(
+        self, cells: np.ndarray | None = None, cells_per_block: int = CELLS_PER_BLOCK
+    ) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the blocks that hold a cell, in file order."""
         for start in range(0, self.n_cells, cells_per_block):
             stop = min(start + cells_per_block, self.n_cells)
-            wanted = np.arange(start, stop) if cells is None else start + np.flatnonzero(cells[start:stop])
-            if len(wanted):
-                with _named_read_errors(self.name):
-                    block = sp.csr_matrix(self.read(start, stop))
-                    # A gene index out of range in a damaged file would be read from beyond the matrix.
-                    block.check_format(full_check=True)
-                yield wanted, block if len(wanted) == stop - start else block[wanted - start]
+            if cells is None or cells[start:stop].any():
+                yield start, stop
+
+    def read_block(self, start: int, stop: int, cells: np.ndarray | None = None) -> tuple[np.ndarray, sp.csr_matrix]:
+        """(positions, counts as CSR) of the cells from `start` to before `stop`, or of those of them in a mask.
+
+        Raises  OSError if what is stored is no matrix of these cells and genes
+        """
+        with _named_read_errors(self.name):
+            block = sp.csr_matrix(self.read(start, stop))
+            if block.shape != (stop - start, self.n_genes):
+                raise ValueError(f"cells {start:,} to {stop:,} of {self.n_genes:,} genes have shape {block.shape}")
+            # A gene index out of range in a damaged file would be read from beyond the matrix.
+            block.check_format(full_check=True)
+        wanted = np.arange(start, stop) if cells is None else start + np.flatnonzero(cells[start:stop])
+        return wanted, block if len(wanted) == stop - start else block[wanted - start]
 
     def gene_names(self, column: str | None = None) -> list[str]:
         """Gene identifiers: of a column of `var`, or of the first of `GENE_ID_COLUMNS` there is, else the index."""
@@ -81,7 +100,11 @@ class CountMatrix:
         Returns  (cells of the block,) float64
         Raises   ValueError where n_counts is not a number, zero, or smaller than the row's sum (float32 rounding apart)
         """
-        sums = np.asarray(counts_ng.sum(axis=1, dtype=np.float64)).ravel()
+        # Not .sum(axis=1), which adds float32 values as float32 even where float64 is asked for.
+        return self.totals_of_sums(cells, counts_ng @ np.ones(self.n_genes), check=check)
+
+    def totals_of_sums(self, cells: np.ndarray, sums: np.ndarray, *, check: bool = True) -> np.ndarray:
+        """`cell_totals` where the sums of the cells' counts are known: (cells of the block,) float64."""
         if "n_counts" not in self.obs:
             return sums
         column = self.obs["n_counts"]
@@ -237,19 +260,19 @@ def _from_h5ad(file: Any, layer: str | None) -> CountMatrix:
             warnings.simplefilter("ignore")
             return _from_anndata(anndata.read_h5ad(file.filename), layer)
 
-    def reader(element: Any) -> Callable[[int, int], Any] | None:
-        return None if element is None else _h5_reader(element)
-
     x = file.get("X")
     # X may be an empty placeholder (encoding "null") when the counts live in a layer.
     x = None if x is not None and x.attrs.get("encoding-type") == "null" else x
     layers = dict(file["layers"]) if "layers" in file else {}
     raw = file.get("raw/X")
-    chosen = reader(_pick_layer(file.filename, layer, x, layers, raw))
-    assert chosen is not None
-    others = {name: _h5_reader(element) for name, element in _others(layer, x, layers, raw).items()}
+    chosen = _pick_layer(file.filename, layer, x, layers, raw)
     return CountMatrix(
-        file.filename, read_elem(file["obs"]), read_elem(file["raw/var" if layer == "raw" else "var"]), chosen, others
+        file.filename,
+        read_elem(file["obs"]),
+        read_elem(file["raw/var" if layer == "raw" else "var"]),
+        _h5_reader(chosen),
+        {name: _h5_reader(element) for name, element in _others(layer, x, layers, raw).items()},
+        concurrent=not _is_csc(chosen),
     )
 
 
@@ -259,18 +282,21 @@ def _h5_reader(element: Any) -> Callable[[int, int], Any]:
 
     if isinstance(element, h5py.Dataset):
         return lambda start, stop: element[start:stop]
-    encoding = element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", "csr_matrix"))
-    encoding = encoding.decode() if isinstance(encoding, bytes) else encoding
     shape = tuple(int(n) for n in element.attrs.get("shape", element.attrs.get("h5sparse_shape")))
-    read = _CSCRows if encoding.startswith("csc") else _CSRRows
+    read = _CSCRows if _is_csc(element) else _CSRRows
     return read(element["data"], element["indices"], element["indptr"], shape).read
+
+
+def _is_csc(element: Any) -> bool:
+    encoding = element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", "csr_matrix"))
+    return (encoding.decode() if isinstance(encoding, bytes) else encoding).startswith("csc")
 
 
 class _CSRRows:
     """Cell ranges of a CSR matrix on disk: one contiguous read of values and of indices each."""
 
     def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, ...]):
-        self.data, self.indices, self.shape = data, indices, shape
+        self.read_data, self.read_indices, self.shape = range_reader(data), range_reader(indices), shape
         self._indptr_on_disk, self._indptr = indptr, None
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
@@ -280,7 +306,8 @@ class _CSRRows:
                 raise ValueError(f"indptr has {len(self._indptr):,} entries for {self.shape[0]:,} cells")
         first, last = int(self._indptr[start]), int(self._indptr[stop])
         indptr = self._indptr[start : stop + 1] - first
-        return sp.csr_matrix((self.data[first:last], self.indices[first:last], indptr), (stop - start, self.shape[1]))
+        values, columns = self.read_data(first, last), self.read_indices(first, last)
+        return sp.csr_matrix((values, columns, indptr), (stop - start, self.shape[1]))
 
 
 class _CSCRows:
@@ -377,10 +404,12 @@ def _from_10x_h5(file: Any, layer: str | None) -> CountMatrix:
     obs = pd.DataFrame(index=pd.Index(text(group["barcodes"])))
     rows = _CSRRows(group["data"], group["indices"], group["indptr"], (n_cells, n_genes))
     if "feature_type" not in features:
-        return CountMatrix(file.filename, obs, var, rows.read, {})
+        return CountMatrix(file.filename, obs, var, rows.read, {}, concurrent=True)
     # Antibodies and peaks are no genes, and no part of a cell's total.
     genes = np.flatnonzero(np.array(text(features["feature_type"])) == "Gene Expression")
-    return CountMatrix(file.filename, obs, var.iloc[genes], lambda start, stop: rows.read(start, stop)[:, genes], {})
+    return CountMatrix(
+        file.filename, obs, var.iloc[genes], lambda start, stop: rows.read(start, stop)[:, genes], {}, concurrent=True
+    )
 
 
 def _from_10x_folder(path: Path) -> CountMatrix:

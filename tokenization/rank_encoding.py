@@ -58,8 +58,8 @@ def rank_value_block(
     counts_nv.eliminate_zeros()
     counts_nv.sort_indices()
     indptr, genes = counts_nv.indptr, counts_nv.indices
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # A cell without counts has no values to divide.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        # A cell without counts has no values to divide; a value too large for float64 is infinite, and first.
         values = counts_nv.data / np.repeat(n_counts_n, np.diff(indptr)) * TARGET_SUM / medians_v[genes]
     np.negative(values, out=values)
     lengths = np.minimum(np.diff(indptr), max_genes)

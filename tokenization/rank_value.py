@@ -5,12 +5,11 @@ tokenizer; gene medians and aliases lie beside it. V1 has no special tokens arou
 wraps it in `<cls>` ... `<eos>` and has 4,096. Source: Theodoris et al., Nature 2023; Chen et al. 2024 (V2).
 """
 
-import gzip
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +18,12 @@ import scipy.sparse as sp
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import TokenizersBackend
 
-from .count_matrix import CELLS_PER_BLOCK, CountMatrix, check_counts, open_counts
+from .block_encoding import BlockEncoder, EncodedBlock, encoded_blocks
+from .count_matrix import CELLS_PER_BLOCK, CountMatrix, open_counts
 from .gene_ids import GENE_ID_COLUMNS, GeneMatch, GeneResolver, examples
-from .rank_encoding import rank_value_block
+from .gene_tables import read_aliases, read_table
+from .token_batches import obs_column, token_batch
+from .tokenization_report import TokenizationReport
 
 logger = logging.getLogger(__name__)
 
@@ -33,33 +35,6 @@ MIN_MATCHED_COUNTS = 0.5
 
 class NoCellsError(ValueError):
     """Nothing is left to encode: no cell selected, or all of them empty and dropped."""
-
-
-@dataclass
-class TokenizationReport:
-    """What a tokenization saw, filled while it runs."""
-
-    name: str = ""
-    n_cells: int = 0
-    n_empty_cells: int = 0
-    n_truncated_cells: int = 0
-    n_genes: int = 0
-    n_matched_genes: int = 0
-    n_collapsed_genes: int = 0
-    total_counts: float = 0.0
-    matched_counts: float = 0.0
-
-    @property
-    def matched_share(self) -> float:
-        """Share of all counts that fall on genes of the vocabulary."""
-        return self.matched_counts / self.total_counts if self.total_counts else 1.0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name}: {self.n_cells:,} cells; {self.n_matched_genes:,} of {self.n_genes:,} genes and "
-            f"{self.matched_share:.1%} of counts in the vocabulary; {self.n_collapsed_genes:,} columns summed into "
-            f"another; {self.n_truncated_cells:,} cells truncated, {self.n_empty_cells:,} empty"
-        )
 
 
 class RankValueTokenizer(TokenizersBackend):
@@ -102,7 +77,7 @@ class RankValueTokenizer(TokenizersBackend):
         """
         if layout not in SPECIAL_TOKENS:
             raise ValueError(f"Expected layout 'v1' or 'v2', found {layout!r}.")
-        table = _read_table(path_or_table, ("token", "token_id", "nonzero_median")).sort_values("token_id")
+        table = read_table(path_or_table, ("token", "token_id", "nonzero_median")).sort_values("token_id")
         tokens = [str(token) for token in table["token"]]
         special = SPECIAL_TOKENS[layout]
         if tuple(tokens[: len(special)]) != special:
@@ -327,17 +302,46 @@ class RankValueTokenizer(TokenizersBackend):
             self._check_annotations(matrix, obs_columns, allow_duplicate_names)
             mask = matrix.passing_cells(cells)
             match = self.match_genes(matrix, gene_ids, min_matched_counts)
-            report.name, report.n_genes = matrix.name, report.n_genes + matrix.n_genes
-            report.n_matched_genes += match.n_matched
-            report.n_collapsed_genes += match.n_collapsed
-            selector = self.selector(match)
-            obs = {name: _arrow_column(matrix.obs[name]) for name in obs_columns}
-            for rows, counts in matrix.blocks(mask, cells_per_block):
-                check_counts(matrix, rows, counts, allow_normalized=allow_normalized)
-                totals = matrix.cell_totals(rows, counts, check=not allow_normalized)
-                self._check_matched_counts(matrix, match, counts, min_matched_counts, report)
-                tokens, offsets = self._encode_block(counts, totals, selector, max_length, report)
-                yield from self._record_batch(matrix, rows, tokens, offsets, obs, empty_cells, report)
+            report.name = matrix.name
+            report.add_genes(match)
+            encoder = self.block_encoder(matrix, match, mask, max_length=max_length, allow_normalized=allow_normalized)
+            obs = {name: obs_column(matrix.obs[name]) for name in obs_columns}
+            with contextlib.closing(encoded_blocks(matrix, mask, cells_per_block, encoder)) as blocks:
+                for block in blocks:
+                    self._check_matched_counts(matrix, match, block, min_matched_counts, report)
+                    self._check_empty_cells(matrix, block, empty_cells, report)
+                    batch = token_batch(block, obs, drop_empty=empty_cells == "drop")
+                    report.n_cells += batch.num_rows
+                    report.n_truncated_cells += block.n_truncated
+                    if batch.num_rows:
+                        yield batch
+
+    def block_encoder(
+        self,
+        matrix: CountMatrix,
+        match: GeneMatch,
+        cells: np.ndarray | None = None,
+        *,
+        max_length: int | None = None,
+        allow_normalized: bool = False,
+    ) -> BlockEncoder:
+        """Encoder of blocks of a matrix, in compiled loops where many cells are to come.
+
+        match  from `match_genes`
+        cells  mask of the cells to come, None for all
+        """
+        token_ids, medians = self._arrays()
+        special: Any = (self.cls_token_id, self.eos_token_id) if self.layout == "v2" else None
+        return BlockEncoder(
+            matrix,
+            match.index_g,
+            medians,
+            token_ids,
+            max_length=self._checked_max_length(max_length),
+            special=special,
+            n_cells=matrix.n_cells if cells is None else int(cells.sum()),
+            allow_normalized=allow_normalized,
+        )
 
     def _checked_max_length(self, max_length: int | None) -> int:
         n_special = 2 if self.layout == "v2" else 0
@@ -386,11 +390,10 @@ class RankValueTokenizer(TokenizersBackend):
         return match
 
     def _check_matched_counts(
-        self, matrix: CountMatrix, match: GeneMatch, counts: sp.csr_matrix, least: float, report: TokenizationReport
+        self, matrix: CountMatrix, match: GeneMatch, block: EncodedBlock, least: float, report: TokenizationReport
     ) -> None:
-        per_gene = np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
-        report.total_counts += float(per_gene.sum())
-        report.matched_counts += float(per_gene[match.index_g >= 0].sum())
+        report.total_counts += block.total_counts
+        report.matched_counts += block.matched_counts
         if report.matched_share < least:
             raise ValueError(
                 f"{matrix.name}: only {report.matched_share:.1%} of counts fall on genes of the vocabulary (expected "
@@ -406,105 +409,13 @@ class RankValueTokenizer(TokenizersBackend):
             shape=(len(match.index_g), len(self.resolver.vocabulary)),
         )
 
-    def _encode_block(
-        self,
-        counts: sp.csr_matrix,
-        totals: np.ndarray,
-        selector: sp.csr_matrix,
-        max_length: int,
-        report: TokenizationReport,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and offsets of a block, special tokens included; an empty cell gets none."""
-        token_ids, medians = self._arrays()
-        n_special = 2 if self.layout == "v2" else 0
-        max_genes = max_length - n_special
-        tokens, offsets = rank_value_block(counts, totals, selector, medians, token_ids, max_genes=max_genes + 1)
-        # One gene more than fits was asked for, only to tell truncated cells from those that just fit.
-        lengths = np.diff(offsets)
-        report.n_cells += len(lengths)
-        report.n_empty_cells += int((lengths == 0).sum())
-        truncated = lengths > max_genes
-        report.n_truncated_cells += int(truncated.sum())
-        tokens = np.delete(tokens, offsets[1:][truncated] - 1)
-        lengths = lengths - truncated
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        if n_special:
-            filled = lengths > 0
-            starts, ends = offsets[:-1][filled], offsets[1:][filled]
-            # At equal positions numpy.insert keeps the order given: <eos> of one cell before <cls> of the next.
-            where = np.stack([starts, ends], axis=1).ravel()
-            what = np.tile(np.array([self.cls_token_id, self.eos_token_id], dtype=np.int32), len(starts))
-            tokens = np.insert(tokens, where, what)
-            offsets = np.concatenate([[0], np.cumsum(lengths + n_special * filled)])
-        return tokens, offsets
-
     @staticmethod
-    def _record_batch(
-        matrix: CountMatrix,
-        rows: np.ndarray,
-        tokens: np.ndarray,
-        offsets: np.ndarray,
-        obs: Mapping[str, Any],
-        empty_cells: str,
-        report: TokenizationReport,
-    ) -> Iterator[Any]:
-        import pyarrow as pa
-
-        lengths = np.diff(offsets).astype(np.int32)
-        empty = lengths == 0
-        if empty.any() and empty_cells == "error":
-            names = matrix.obs.index[rows[empty]]
+    def _check_empty_cells(matrix: CountMatrix, block: EncodedBlock, policy: str, report: TokenizationReport) -> None:
+        empty = np.diff(block.offsets) == 0
+        report.n_empty_cells += int(empty.sum())
+        if empty.any() and policy == "error":
+            names = matrix.obs.index[block.rows[empty]]
             raise ValueError(
                 f"{matrix.name}: {len(names):,} cells of this block have no gene of the vocabulary, "
                 f"e.g. {examples(names)}. Remove them, or pass empty_cells='drop' or 'keep'."
             )
-        columns = {
-            "input_ids": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(tokens)),
-            "length": pa.array(lengths),
-        }
-        columns |= {name: column.take(pa.array(rows)) for name, column in obs.items()}
-        batch = pa.RecordBatch.from_pydict(columns)
-        if empty.any() and empty_cells == "drop":
-            batch = batch.filter(pa.array(~empty))
-            report.n_cells -= int(empty.sum())
-        if batch.num_rows:
-            yield batch
-
-
-def _arrow_column(values: Any) -> Any:
-    """A column of obs as one Arrow array: its type must not depend on the block, which may hold missing values only."""
-    import pyarrow as pa
-
-    try:
-        column = pa.array(values.astype(object) if values.dtype == "category" else values, from_pandas=True)
-    except pa.ArrowException as error:
-        raise ValueError(f"obs[{values.name!r}] mixes types ({error}); convert it, e.g. with .astype(str).") from error
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-
-
-def _read_table(source: Any, columns: Sequence[str]) -> Any:
-    import pandas as pd
-
-    if isinstance(source, str | os.PathLike):
-        path = str(source)
-        open_text = gzip.open if path.endswith(".gz") else open
-        with open_text(path, "rt", encoding="utf-8") as file:
-            separator = "\t" if "\t" in file.readline() else ","
-        # A gene may be called NA: only an empty field is missing.
-        # pandas' default parser may be off by the last bit of a number.
-        table = pd.read_csv(path, sep=separator, keep_default_na=False, na_values=[""], float_precision="round_trip")
-        source = table.assign(**{columns[0]: table[columns[0]].astype(str)}) if columns[0] in table else table
-    missing = [name for name in columns if name not in source]
-    if missing:
-        raise ValueError(f"The table lacks column {examples(missing)}; it has {', '.join(map(str, source.columns))}.")
-    return source
-
-
-def read_aliases(source: Any) -> dict[str, str]:
-    """Alias to gene, from a mapping, a DataFrame or a table on disk with columns alias, ensembl_id; empty for None."""
-    if source is None:
-        return {}
-    if isinstance(source, Mapping):
-        return {str(alias): str(gene) for alias, gene in source.items()}
-    table = _read_table(source, ("alias", "ensembl_id"))
-    return dict(zip(table["alias"].astype(str), table["ensembl_id"].astype(str), strict=True))

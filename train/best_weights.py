@@ -1,6 +1,7 @@
 """Early stopping: keeps the weights with the lowest validation loss, and says when to stop waiting for a lower one."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ class BestWeights:
     def exhausted(self) -> bool:
         return self.waited >= self.patience
 
-    def update(self, step: int, metrics: dict[str, float], model: torch.nn.Module) -> None:
-        """Takes note of a validation of the bare model; keeps its weights if its loss is the lowest."""
+    def update(self, step: int, metrics: dict[str, float], whole_model: Callable[[], torch.nn.Module]) -> None:
+        """Takes note of a validation; keeps the weights if its loss is the lowest.
+
+        whole_model  gives the bare model with all its weights; called by every process or by none
+        """
         if LOSS not in metrics:
             raise ValueError(f"Early stopping needs a {LOSS!r} among the validation figures, found {list(metrics)}.")
         # Not `>=`: a loss that is not a number is no improvement either.
@@ -35,6 +39,7 @@ class BestWeights:
             self.waited += 1
             return
         self.metrics, self.step, self.waited = dict(metrics), step, 0
+        model = whole_model()
         if self.accelerator.is_main_process:
             partial = self.path.with_suffix(".tmp")
             save_file({name: p.detach().contiguous().cpu() for name, p in _trained(model)}, str(partial))

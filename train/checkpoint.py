@@ -2,7 +2,8 @@
 
 A checkpoint is written to a temporary folder and renamed when all of it is on disk, so a process killed at any moment
 leaves the previous ones intact. It holds all that the next step depends on: weights, optimizer, step, loss scaler and
-the random state of each process (data order and masking depend on seed and epoch alone).
+the random state of each process (data order and masking depend on seed and epoch alone). Tensors are whole, whatever
+the strategy, so another number of processes or another strategy can go on from it.
 """
 
 import json
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
+from .strategy import OptimizerState, Strategy
+
+_WEIGHTS = "model.safetensors"
 _NAME = re.compile(r"^step-(\d{8})$")
 
 
@@ -27,17 +31,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.match(path.name))
 
 
-def save_checkpoint(
-    accelerator: Any, folder: Path, model: torch.nn.Module, optimizer: Any, state: dict[str, Any], keep_last: int
-) -> Path:
+def save_checkpoint(accelerator: Any, folder: Path, strategy: Strategy, state: dict[str, Any], keep_last: int) -> Path:
     """Writes checkpoint `state["step"]` from all processes and removes all but the last `keep_last`."""
     path = checkpoint_path(folder, state["step"])
     partial = folder / f".partial-{path.name}"
+    # All processes take part in putting sharded tensors together.
+    model, optimizer_state = strategy.whole_model(), strategy.optimizer_state()
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _save_weights(accelerator.unwrap_model(model), partial / "model.safetensors")
-        _save_optimizer(optimizer, partial)
+        _save_weights(model, partial / _WEIGHTS)
+        tensors = {f"{key}.{name}": x for name, values in optimizer_state.items() for key, x in values.items()}
+        save_file(tensors, str(partial / "optimizer.safetensors"))
         if accelerator.scaler is not None:
             state = {**state, "scaler": accelerator.scaler.state_dict()}
         (partial / "state.json").write_text(json.dumps({**state, "n_processes": accelerator.num_processes}, indent=2))
@@ -57,14 +62,26 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(accelerator: Any, path: Path, model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Restores model, optimizer, scaler and random state in place; returns the `state` that was saved.
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Puts a checkpoint's weights into the bare model, before it is shared out among processes."""
+    if _quantized(model):
+        unexpected = model.load_state_dict(load_file(str(path / _WEIGHTS)), strict=False).unexpected_keys
+        assert not unexpected, unexpected
+    else:
+        load_model(model, str(path / _WEIGHTS))
+
+
+def load_state(accelerator: Any, path: Path, strategy: Strategy) -> dict[str, Any]:
+    """Restores optimizer, scaler and random state in place; returns the `state` that was saved.
 
     With another number of processes than wrote it, the random states are left as they are (dropout then differs).
     """
     state = json.loads((path / "state.json").read_text())
-    _load_weights(accelerator.unwrap_model(model), path / "model.safetensors")
-    _load_optimizer(optimizer, path)
+    optimizer_state: OptimizerState = {}
+    for label, tensor in load_file(str(path / "optimizer.safetensors")).items():
+        key, _, name = label.partition(".")
+        optimizer_state.setdefault(name, {})[key] = tensor
+    strategy.load_optimizer_state(optimizer_state)
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
     if state["n_processes"] == accelerator.num_processes:
@@ -89,38 +106,6 @@ def _save_weights(model: torch.nn.Module, path: Path) -> None:
         save_file(trained, str(path))
     else:
         save_model(model, str(path))
-
-
-def _load_weights(model: torch.nn.Module, path: Path) -> None:
-    if _quantized(model):
-        unexpected = model.load_state_dict(load_file(str(path)), strict=False).unexpected_keys
-        assert not unexpected, unexpected
-    else:
-        load_model(model, str(path))
-
-
-def _save_optimizer(optimizer: Any, folder: Path) -> None:
-    state = optimizer.state_dict()
-    tensors, scalars = {}, {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
-            else:
-                scalars[f"{index}.{name}"] = value
-    save_file(tensors, str(folder / "optimizer.safetensors"))
-    # Learning rates and the like; JSON keeps every digit of a float.
-    content = {"param_groups": state["param_groups"], "scalars": scalars}
-    (folder / "optimizer.json").write_text(json.dumps(content))
-
-
-def _load_optimizer(optimizer: Any, folder: Path) -> None:
-    content = json.loads((folder / "optimizer.json").read_text())
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in [*load_file(str(folder / "optimizer.safetensors")).items(), *content["scalars"].items()]:
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
 
 
 def _random_state_name(rank: int) -> str:

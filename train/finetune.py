@@ -27,7 +27,8 @@ from cellglot.train.finetuning_report import report_run
 from cellglot.train.finetuning_run import add_baselines, train_and_test
 from cellglot.train.finetuning_tasks import CellTask, GeneTask, Task
 from cellglot.train.hyperparameter_search import search
-from cellglot.train.loop import LoopConfig, abandon_output, close, keep_output, make_accelerator, prepare_output
+from cellglot.train.loop import LoopConfig, close, make_accelerator
+from cellglot.train.output_folder import abandon_output, keep_output, prepare_output
 from cellglot.train.splits import UNLABELLED, Split, check_split, held_out, joint_labels, k_folds
 
 

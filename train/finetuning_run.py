@@ -23,6 +23,7 @@ from .config import write_json
 from .finetuning_tasks import MAX_BASELINE_CELLS, Task
 from .loop import RunError, check_same_options, mean_loss, train
 from .splits import UNLABELLED, Split
+from .step_batches import on_device
 
 
 @dataclass
@@ -110,11 +111,19 @@ def _claim(folder: Path, task: Task, split: Split, config: Any) -> None:
 def train_classifier(config: Any, task: Task, tokenizer: Any, split: Split, accelerator: Any) -> tuple[Any, Any]:
     """(trained plain model, TrainingResult)"""
     examples, lengths = task.examples(split.train)
-    collate = task.collator(tokenizer.pad_token_id, split.train, config.class_weights)
+    collate = task.collator(split.train, config.class_weights)
     validation, validation_lengths = task.examples(split.validation)
 
     def validate(model: torch.nn.Module) -> dict[str, float]:
-        loss = mean_loss(model, validation, validation_lengths, collate, accelerator, max_tokens=config.max_tokens)
+        loss = mean_loss(
+            model,
+            validation,
+            validation_lengths,
+            collate,
+            accelerator,
+            max_tokens=config.max_tokens,
+            packed=True,
+        )
         return {"validation_loss": loss}
 
     facts = {
@@ -135,6 +144,7 @@ def train_classifier(config: Any, task: Task, tokenizer: Any, split: Split, acce
         accelerator,
         validate=validate if split.validation.any() else None,
         facts=facts,
+        packed=True,
     )
     return plain_model(accelerator.unwrap_model(model), config, task).to(accelerator.device).eval(), result
 
@@ -147,18 +157,24 @@ def predict(
     if not items.any():
         return pd.DataFrame()
     examples, lengths = task.examples(items)
-    collate = task.collator(tokenizer.pad_token_id, None, "none")
+    collate = task.collator(None, "none")
     plan = EpochPlan(
-        lengths, batch_size=256, max_tokens=max_tokens, n_processes=accelerator.num_processes, shuffle=False
+        lengths,
+        batch_size=256,
+        max_tokens=max_tokens,
+        packed=True,
+        n_processes=accelerator.num_processes,
+        shuffle=False,
     )
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for i in tqdm(range(len(plan)), desc="predict", unit="batch", disable=not accelerator.is_main_process):
         for micro in plan.step(i)[accelerator.process_index]:
             if micro.counts:
                 index = list(micro.examples)
-                batch = {k: v.to(accelerator.device) for k, v in collate(examples[index], [()] * len(index)).items()}
+                batch = on_device(collate(examples[index], [()] * len(index)), accelerator.device)
+                inputs = {name: value for name, value in batch.items() if name != "labels"}
                 with accelerator.autocast():
-                    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                    logits = model(**inputs).logits
                 found.append(task.predicted(batch, logits, np.array(index)))
         # Genes come back in every batch: their sums are all that needs to be kept.
         found = [task.merge(found)] if found else []

@@ -46,7 +46,7 @@ class Task(Protocol):
         """(examples that teach or ask about the marked items, tokens of each)"""
         ...
 
-    def collator(self, pad_token_id: int, train: np.ndarray | None, class_weights: str) -> LabelCollator: ...
+    def collator(self, train: np.ndarray | None, class_weights: str) -> LabelCollator: ...
 
     def predicted(self, batch: dict[str, Any], logits: Any, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(keys, scores) of the items of a batch, to be put together by `merge`."""
@@ -119,14 +119,14 @@ class CellTask:
         tokens = self.cells.tokens.select(index)
         return LabelledCells(tokens, self._of_model(self._numbers[index])), np.asarray(tokens["length"])
 
-    def collator(self, pad_token_id: int, train: np.ndarray | None, class_weights: str) -> LabelCollator:
+    def collator(self, train: np.ndarray | None, class_weights: str) -> LabelCollator:
         weights = None
         if train is not None and class_weights == "balanced":
             most = max(len(names) for names in self.classes.values())
             counts = [np.bincount(column[train & (column >= 0)], minlength=most) for column in self._numbers.T]
             weights = np.stack([balanced_weights(of_task) for of_task in counts])
             weights = weights if len(self.columns) > 1 else weights[0]
-        return LabelCollator(pad_token_id, per_gene=False, class_weights=weights)
+        return LabelCollator(per_gene=False, class_weights=weights)
 
     def predicted(self, batch: dict[str, Any], logits: Any, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         parts = logits if isinstance(logits, tuple) else (logits,)
@@ -207,7 +207,7 @@ class GeneTask:
         label_of_token[self.genes.tokens[items]] = self._numbers[items]
         return LabelledGenes(self.cells.tokens, label_of_token), np.asarray(self.cells.tokens["length"])
 
-    def collator(self, pad_token_id: int, train: np.ndarray | None, class_weights: str) -> LabelCollator:
+    def collator(self, train: np.ndarray | None, class_weights: str) -> LabelCollator:
         weights = None
         if train is not None and class_weights == "balanced":
             # By occurrence: a gene in many cells is met often.
@@ -215,7 +215,7 @@ class GeneTask:
                 self._numbers[train], weights=self.n_cells_g[train], minlength=len(self.classes[self.name])
             )
             weights = balanced_weights(met)
-        return LabelCollator(pad_token_id, per_gene=True, class_weights=weights)
+        return LabelCollator(per_gene=True, class_weights=weights)
 
     def predicted(self, batch: dict[str, Any], logits: Any, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         asked = batch["labels"] != IGNORED_LABEL

@@ -1,4 +1,4 @@
-"""Labelled cells and genes as the training loop takes them: examples, and a collator that pads them."""
+"""Labelled cells and genes as the training loop takes them: examples, and a collator that packs them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cellglot.tokenization.gene_masking import IGNORED_LABEL
+from cellglot.tokenization.packing import packed_cells
 
 
 class LabelledCells:
@@ -45,32 +45,22 @@ class LabelledGenes:
 
 
 class LabelCollator:
-    """Pads cells into a batch of input_ids, attention_mask, labels, and the weights of the classes if there are any.
+    """Packs cells into a batch (see `packed_cells`) with labels, and the weights of the classes if there are any.
 
-    per_gene       labels are one a token and padded with them; else one (or one a task) a cell
+    per_gene       labels are one a token, (1, tokens of all cells); else (cells,) or (cells, tasks)
     class_weights  (classes,) or (tasks, classes) float32, or None
     """
 
-    def __init__(self, pad_token_id: int, *, per_gene: bool, class_weights: np.ndarray | None = None):
-        self.pad_token_id, self.per_gene = pad_token_id, per_gene
+    def __init__(self, *, per_gene: bool, class_weights: np.ndarray | None = None):
+        self.per_gene = per_gene
         self.class_weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
 
-    def __call__(self, rows: Sequence[dict[str, Any]], keys: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]], keys: Sequence[Sequence[int]]) -> dict[str, Any]:
         """keys are not used: nothing here is random."""
-        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
-        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros(shape, dtype=np.int64)
-        labels = np.stack([row["labels"] for row in rows]) if not self.per_gene else np.full(shape, IGNORED_LABEL)
-        for i, row in enumerate(rows):
-            n = len(row["input_ids"])
-            input_ids[i, :n], attention_mask[i, :n] = row["input_ids"], 1
-            if self.per_gene:
-                labels[i, :n] = row["labels"]
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in batch.items()}
-        if self.class_weights is not None:
-            tensors["class_weights"] = self.class_weights
-        return tensors
+        labels = [row["labels"] for row in rows]
+        stacked = np.concatenate(labels)[None] if self.per_gene else np.stack(labels)
+        batch = packed_cells([row["input_ids"] for row in rows]) | {"labels": torch.from_numpy(stacked)}
+        return batch if self.class_weights is None else batch | {"class_weights": self.class_weights}
 
 
 def balanced_weights(counts: np.ndarray) -> np.ndarray:

@@ -18,17 +18,8 @@ from huggingface_hub.errors import StrictDataclassError
 from cellglot.modeling.geneformer import PRESETS, GeneformerConfig, GeneformerForMaskedLM
 from cellglot.tokenization.gene_masking import MaskedGeneCollator
 from cellglot.train.config import option, parse_config
-from cellglot.train.loop import (
-    LoopConfig,
-    RunError,
-    abandon_output,
-    close,
-    keep_output,
-    make_accelerator,
-    mean_loss,
-    prepare_output,
-    train,
-)
+from cellglot.train.loop import LoopConfig, RunError, close, make_accelerator, mean_loss, train
+from cellglot.train.output_folder import abandon_output, keep_output, prepare_output
 from cellglot.train.pretraining_data import prepare_data
 from cellglot.train.pretraining_report import write_report
 
@@ -51,6 +42,9 @@ class PretrainConfig(LoopConfig):
     gene_ids: str | None = option(None, "column of var with gene ids; absent: found")
     validation_fraction: float = option(0.15, "share of the cells held out")
     max_validation_cells: int = option(5_000, "held-out cells that the validation loss is measured on, at the most")
+    on_the_fly: bool = option(
+        False, "encodes training cells anew in every epoch, in place of tokens on disk; with --num_workers 1 beside it"
+    )
     split_by: str | None = option(None, "column of obs whose groups are held out whole, e.g. donor; absent: by cell")
     cell_type: str | None = option(
         None, "column of obs with cell types, for probe and UMAP; absent: cell_type if there is"
@@ -141,17 +135,21 @@ def main(argv: list[str] | None = None) -> None:
             accelerator,
             max_tokens=config.max_tokens,
             seeds=VALIDATION_SEEDS,
+            packed=True,
         )
         return {"validation_loss": loss}
 
     facts = {
         "data": {"source": data.description, "fingerprint": data.fingerprint},
         "n_processes": accelerator.num_processes,
+        "strategy": accelerator.distributed_type.value,
         "device": str(accelerator.device),
         "torch_threads": torch.get_num_threads(),
     }
     try:
-        result = train(model, data.train, lengths, collate, config, accelerator, validate=validate, facts=facts)
+        result = train(
+            model, data.train, lengths, collate, config, accelerator, validate=validate, facts=facts, packed=True
+        )
     except (RunError, FloatingPointError) as error:
         sys.exit(f"pretrain.py: {error}")
     # The others do not wait: a probe on many cells outlasts the time-out of a barrier.

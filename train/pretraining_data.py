@@ -32,6 +32,7 @@ from cellglot.tokenization.rank_value import (
 
 from .config import write_atomically
 from .fingerprint import fingerprint
+from .on_the_fly import OnTheFlyCells, measure_lengths
 
 COUNT_FILES = (".h5ad", ".loom", ".h5")
 
@@ -53,7 +54,7 @@ class PretrainingData:
     description: str
     fingerprint: str
     tokenizer: RankValueTokenizer
-    train: datasets.Dataset
+    train: datasets.Dataset | OnTheFlyCells
     validation: datasets.Dataset
     sources: list[CellSource]
 
@@ -89,14 +90,9 @@ def prepare_data(config: Any, folder: Path, *, is_main_process: bool = True) -> 
         # Not a barrier: tokenizing a large corpus outlasts any time-out of the process group.
         while not record.exists():
             time.sleep(1)
-    return PretrainingData(
-        description,
-        fingerprint,
-        RankValueTokenizer.from_pretrained(folder / "tokenizer"),
-        _load(folder, "train"),
-        _load(folder, "validation"),
-        sources,
-    )
+    tokenizer = RankValueTokenizer.from_pretrained(folder / "tokenizer")
+    train = _load_on_the_fly(config, sources, tokenizer, folder) if config.on_the_fly else _load(folder, "train")
+    return PretrainingData(description, fingerprint, tokenizer, train, _load(folder, "validation"), sources)
 
 
 def find_sources(config: Any) -> tuple[list[CellSource], str, str]:
@@ -115,7 +111,7 @@ def find_sources(config: Any) -> tuple[list[CellSource], str, str]:
     if not path.exists():
         raise ValueError(f"--data {path} does not exist.")
     if token_files(path):
-        _refuse_options(config, "token ids", "split_by", "layer", "gene_ids", "cell_type")
+        _refuse_options(config, "token ids", "split_by", "layer", "gene_ids", "cell_type", "on_the_fly")
         if config.vocabulary is None:
             raise ValueError(
                 f"{path} holds token ids: pass the vocabulary they are of, --vocabulary TABLE or TOKENIZER."
@@ -209,6 +205,12 @@ def _tokenize(config: Any, sources: list[CellSource], folder: Path) -> None:
             if mask.any():
                 report = TokenizationReport()
                 # A file may have no usable cell in one of the splits; that of all files is checked in `_load`.
+                if split == "train" and config.on_the_fly:
+                    report = measure_lengths(
+                        tokenizer, source.source, mask, folder / f"train-{i:05d}.npy", **source.options
+                    )
+                    print(f"{split}: {report}")
+                    continue
                 with contextlib.suppress(NoCellsError):
                     tokenizer.encode_anndata(
                         source.source,
@@ -280,6 +282,17 @@ def load_vocabulary(config: Any) -> RankValueTokenizer:
     )
 
 
+def _load_on_the_fly(
+    config: Any, sources: list[CellSource], tokenizer: RankValueTokenizer, folder: Path
+) -> OnTheFlyCells:
+    files = sorted(folder.glob("train-*.npy"))
+    chosen = [sources[int(file.stem.removeprefix("train-"))] for file in files]
+    cells = OnTheFlyCells(tokenizer, [(s.source, s.options) for s in chosen], files, config.batch_size)
+    if not len(cells):
+        raise ValueError("No train cell has a gene of the vocabulary.")
+    return cells
+
+
 def _load(folder: Path, split: str) -> datasets.Dataset:
     files = sorted(folder.glob(f"{split}-*.arrow"))
     if not files:
@@ -292,4 +305,6 @@ def _fingerprint(files: Sequence[Path], config: Any) -> str:
     """Of the files, and of the options that decide split and tokens."""
     names = ("layout", "max_length", "layer", "gene_ids", "split_by", "validation_fraction")
     facts = {name: getattr(config, name) for name in names} | {"seed": config.seed if config.data else 0}
+    if config.on_the_fly:
+        facts["on_the_fly"] = True
     return fingerprint(files, (config.vocabulary, config.aliases), facts)

@@ -171,8 +171,6 @@ def format_report(report: dict[str, Any], output: Path) -> str:
 
 
 def _subset(dataset: Any) -> Any:
-    if len(dataset) <= MAX_CELLS:
-        return dataset
     return dataset.select(np.sort(np.random.default_rng(0).permutation(len(dataset))[:MAX_CELLS]))
 
 

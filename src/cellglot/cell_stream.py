@@ -1,6 +1,6 @@
 """Cells through a model, a block at a time: what embeddings of cells, of genes, and classifications share.
 
-A block is read, tokenized, run through the model and dropped before the next is read, so memory is bounded by the
+Blocks are read a few ahead, tokenized, run through the model and dropped, so memory is bounded by the
 block (`cells_per_block`) and never by the file. Within a block, cells are batched by length: little padding, and at
 most `max_tokens` padded tokens a batch.
 """
@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from .onednn import OneDNNLinear
 from .tokenization.count_matrix import CountMatrix, open_counts
 
-# Padded tokens of one forward pass at the most
-MAX_TOKENS = 16_384
+
+def default_max_tokens(device: Any) -> int:
+    """Padded tokens of a forward pass: what stays in a CPU's caches, or keeps a GPU busy within a few GiB."""
+    return 2048 if torch.device(device).type == "cpu" else 32_768
 
 
 def check_model(model: Any, tokenizer: Any) -> Any:
@@ -94,12 +97,13 @@ def encoded_blocks(
 
 
 def padded_batches(
-    cells: Sequence[np.ndarray], tokenizer: Any, max_tokens: int, device: Any
+    cells: Sequence[np.ndarray], tokenizer: Any, max_tokens: int | None, device: Any
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
     """(positions in `cells`, input_ids, attention_mask) of the cells that hold a gene, longest first.
 
-    A batch has at most max_tokens padded tokens, or one cell.
+    A batch has at most max_tokens padded tokens (by default what suits the device), or one cell.
     """
+    max_tokens = default_max_tokens(device) if max_tokens is None else max_tokens
     lengths = np.array([len(cell) for cell in cells])
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
@@ -124,11 +128,13 @@ def padded_batches(
 
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[Any]:
-    """The model without dropout, and its device; afterwards it trains again if it did before."""
+    """The model without dropout, on a CPU with oneDNN's linear layers, and its device; afterwards all is as before."""
     was_training = model.training
+    device = next(model.parameters()).device
     model.eval()
     try:
-        yield next(model.parameters()).device
+        with OneDNNLinear() if device.type == "cpu" else contextlib.nullcontext():
+            yield device
     finally:
         model.train(was_training)
 

@@ -8,7 +8,6 @@ import torch
 from tqdm.auto import tqdm
 
 from .cell_stream import (
-    MAX_TOKENS,
     annotated_copy,
     check_model,
     encoded_blocks,
@@ -28,7 +27,7 @@ def classify_cells(
     names: str | Sequence[str] | None = None,
     probabilities: bool = False,
     counts_layer: str | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     progress: bool = True,
     **encode_options: Any,
 ) -> Any:
@@ -40,7 +39,7 @@ def classify_cells(
                     ("label" if it has none) for the only task of a GeneformerForSequenceClassification
     probabilities   gives the probability of every label too
     counts_layer    None for X, "raw" for `raw`, else the name of the layer with raw counts
-    max_tokens      padded tokens of one forward pass
+    max_tokens      padded tokens of one forward pass; by default what suits the device
     encode_options  further ones of `RankValueTokenizer.iter_encoded`
     Returns         an AnnData: a copy with obs["<name>_predicted"] (categorical), obs["<name>_score"] (its probability)
                     and, if asked for, obsm["<name>_probabilities"] (DataFrame, a column a label). A path: a DataFrame
@@ -85,7 +84,7 @@ def classify_cells(
 
 @torch.inference_mode()
 def classify_tokens(
-    cells: Sequence[np.ndarray], model: Any, tokenizer: Any, *, max_tokens: int = MAX_TOKENS
+    cells: Sequence[np.ndarray], model: Any, tokenizer: Any, *, max_tokens: int | None = None
 ) -> list[np.ndarray]:
     """Probabilities of the labels of each task, (cells, labels) float32 in the order given; NaN for an empty cell."""
     check_model(model, tokenizer)

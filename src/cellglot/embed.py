@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from .cell_stream import MAX_TOKENS
-
 # Cells that a UMAP figure shows at the most, drawn at random: more take hours and hide each other
 UMAP_CELLS = 50_000
 
@@ -26,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(options)
     except torch.OutOfMemoryError as error:
-        print(f"error: {error}\nLower --max-tokens, now {options.max_tokens:,}.", file=sys.stderr)
+        print(f"error: {error}\nPass a lower --max-tokens (by default 32,768 on a GPU).", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -143,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gene-ids", help="column of var with gene ids; found by itself where possible")
     add("--umap", type=Path, metavar="FIGURE.png", help=f"draw a UMAP (of {UMAP_CELLS:,} random cells at the most)")
     add("--color", metavar="COLUMN", help="column of obs that colours the UMAP")
-    add("--max-tokens", type=int, default=MAX_TOKENS, help=f"padded tokens of a batch (default {MAX_TOKENS:,})")
+    add("--max-tokens", type=int, help="padded tokens of a batch; by default what suits the device")
     add("--device", help="e.g. cpu, cuda:1; a GPU by default where there is one")
     add("--quiet", action="store_true", help="no progress bar")
     return parser

@@ -14,7 +14,6 @@ import torch
 from tqdm.auto import tqdm
 
 from .cell_stream import (
-    MAX_TOKENS,
     annotated_copy,
     check_model,
     encoded_blocks,
@@ -37,7 +36,7 @@ def embed_cells(
     key: str = "X_geneformer",
     overwrite: bool = False,
     counts_layer: str | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     progress: bool = True,
     **encode_options: Any,
 ) -> Any:
@@ -53,7 +52,7 @@ def embed_cells(
     key             name in obsm, and of the column in Parquet
     overwrite       replaces an output file, or an obsm[key] in it, that is there already
     counts_layer    None for X, "raw" for `raw`, else the name of the layer with raw counts
-    max_tokens      padded tokens of one forward pass
+    max_tokens      padded tokens of one forward pass; by default what suits the device
     encode_options  further ones of `RankValueTokenizer.iter_encoded`, e.g. cells_per_block; max_length is by default
                     what both tokenizer and model can read
     Returns         an AnnData: a copy with obsm[key], (cells, width) float32; a path: that array; with `output`: its
@@ -100,7 +99,7 @@ def embed_tokens(
     *,
     layer: int = -1,
     pooling: Literal["mean", "cls"] = "mean",
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     progress: bool = False,
 ) -> np.ndarray:
     """Embeddings of tokenized cells, (cells, width) float32, in the order given. Arguments as of `embed_cells`."""
@@ -136,7 +135,7 @@ def _embed(
     tokenizer: Any,
     n_layers: int,
     pooling: str,
-    max_tokens: int,
+    max_tokens: int | None,
     bar: Any,
 ) -> np.ndarray:
     """(cells, width) float32; NaN for a cell without tokens."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .cell_stream import MAX_TOKENS, check_encode_options, check_model, encoded_blocks, evaluating, padded_batches
+from .cell_stream import check_encode_options, check_model, encoded_blocks, evaluating, padded_batches
 from .embedding import layers_to_run
 from .tokenization.count_matrix import open_counts
 from .tokenization.gene_ids import examples
@@ -24,7 +24,7 @@ def embed_genes(
     layer: int = -1,
     genes: Sequence[str] | None = None,
     counts_layer: str | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     progress: bool = True,
     **encode_options: Any,
 ) -> Any:
@@ -69,7 +69,7 @@ class _TokenSums:
         self.n_cells = np.zeros(len(token_ids) + 1, dtype=np.int64)
 
     @torch.inference_mode()
-    def add(self, cells: Sequence[np.ndarray], max_tokens: int, bar: Any) -> None:
+    def add(self, cells: Sequence[np.ndarray], max_tokens: int | None, bar: Any) -> None:
         asked = [cell for cell in cells if (self.row_of_token[cell] < len(self.token_ids)).any()]
         row_of_token = torch.from_numpy(self.row_of_token).to(self.device)
         with evaluating(self.encoder) as device:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .perturbation.plan import plan_run
-from .perturbation.run import Effect, read_record, read_run
+from .perturbation.run import Effect, Method, read_record, read_run
 from .perturbation.states import CellStates
 from .perturbation.targets import PerturbationReport
 
@@ -23,6 +23,7 @@ def perturb_cells(
     tokenizer: Any,
     *,
     kind: str = "delete",
+    method: Method = "exact",
     genes: Any = "all",
     layer: int = -1,
     anchor: str | None = None,
@@ -42,6 +43,9 @@ def perturb_cells(
     kind             "delete" drops a gene; "overexpress" moves it to the front, or inserts it there and cuts the tail
                      at the context; "activate" and "inhibit" move it up or down by `rank_shift` quartiles of the cell's
                      ranking, to the middle of that quartile, or to the front or bottom beyond it
+    method           "exact": a forward pass for each edit. "gradient": first-order estimates, to find the genes worth
+                     computing. All deletions of single genes of a cell take one forward pass, and a backward pass
+                     for each state; or 16 of them for cosine similarities without states (with states these are NaN)
     genes            "all": each gene of each cell. Or names (Ensembl ids, with version or not, other names): those in a
                      list one at a time, those in a list within the list together: ["GATA4", ["GATA4", "TBX5"]].
                      All kinds but "overexpress" perturb the cells that hold the genes of a group, and only those
@@ -67,11 +71,13 @@ def perturb_cells(
                      cosine_similarity  before and after; of a cell with "mean" pooling the mean over its genes that
                                         were not perturbed, with "cls" that of <cls>
                      shift_to_<state>   with states: cos(perturbed cell, state) - cos(cell, state), of cell embeddings
-                     `attrs["report"]` says what was perturbed and left out, `attrs["start"]` the start state.
+                     `attrs["report"]` says what was perturbed and left out, `attrs["method"]` whether values are exact
+                     or estimates, `attrs["start"]` the start state.
     Raises           ValueError for what cannot be done, FileExistsError for an output folder of something else
     """
     request = {"kind": kind, "genes": genes, "layer": layer, "anchor": anchor, "rank_shift": rank_shift}
-    run = plan_run(tokens_or_adata, model, tokenizer, **request, effect=effect, states=states, **options)
+    measured = {"method": method, "effect": effect, "states": states}
+    run = plan_run(tokens_or_adata, model, tokenizer, **request, **measured, **options)
     if output is None:
         return _frame(run.table(progress=progress), run.record, run.report)
     run.begun(Path(output)).write_parts(Path(output), progress=progress)
@@ -108,6 +114,7 @@ def _frame(table: Any, record: dict[str, Any], report: PerturbationReport) -> An
     frame = table.to_pandas()
     # Text, which survives to_parquet
     frame.attrs["report"] = str(report)
+    frame.attrs["method"] = record["method"]
     if record.get("start") is not None:
         frame.attrs["start"] = record["start"]
     return frame

@@ -53,6 +53,20 @@ def test_shifts_to_a_goal_state(files, tmp_path, capsys):
     assert perturb(folder, tmp_path / "out", *states) == 0
 
 
+@pytest.mark.parametrize("states", [[], ["--state-column", "cell_type", "--start", "B", "--goal", "T"]])
+@pytest.mark.parametrize("genes", ["all", ",".join(ensembl(9))])
+def test_estimates_by_gradient(files, tmp_path, capsys, states, genes):
+    folder, *_ = files
+    options = ["--method", "gradient", "--genes", genes, "--max-cells", "9", *states]
+    assert perturb(folder, tmp_path / "out", *options) == 0
+    assert "Values are first-order estimates" in capsys.readouterr().out
+    assert read_perturbations(tmp_path / "out").attrs["method"] == "gradient"
+    shifts = [name for name in pd.read_csv(tmp_path / "out" / "statistics.csv") if "shift" in name]
+    assert bool(shifts) == bool(states)
+    assert perturb(folder, tmp_path / "out", "--genes", genes, "--max-cells", "9", *states) == 1
+    assert 'method: "gradient" there, "exact" now' in capsys.readouterr().err
+
+
 def test_genes_joint_null_and_effects_on_genes(files, tmp_path):
     folder, adata, model, tokenizer = files
     genes = ensembl(3)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from cellglot.train.loop import LoopConfig, make_accelerator, prepare_output, train
+from cellglot.train.loop import LoopConfig, make_accelerator, train
+from cellglot.train.output_folder import prepare_output
 
 # Validation losses at steps 1, 2, ...: the best is at step 4, and step 7 is the third in a row without a better one.
 LOSSES = (5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 3.2, 1.0, 0.5)

@@ -15,26 +15,26 @@ def tokens():
 
 def test_cells_keep_their_labels_in_any_order():
     examples = LabelledCells(tokens(), np.array([2, -100, 0]))
-    batch = LabelCollator(0, per_gene=False, class_weights=np.array([0.5, 1, 2]))(examples[[2, 0, 1]], [()] * 3)
-    assert batch["input_ids"].tolist() == [[3, 5, 4, 8], [5, 2, 9, 0], [7, 0, 0, 0]]
-    assert batch["attention_mask"].sum(dim=1).tolist() == [4, 3, 1]
+    batch = LabelCollator(per_gene=False, class_weights=np.array([0.5, 1, 2]))(examples[[2, 0, 1]], [()] * 3)
+    assert batch["input_ids"].tolist() == [[3, 5, 4, 8, 5, 2, 9, 7]]
+    assert batch["cu_seqlens"].tolist() == [0, 4, 7, 8]
     assert batch["labels"].tolist() == [0, 2, -100]
     assert batch["class_weights"].dtype == torch.float32
 
 
 def test_as_many_tasks_as_tokens_are_still_labels_of_the_cell():
     examples = LabelledCells(tokens(), np.array([[1, 0, 1], [0, 0, 0], [2, 1, 0]]))
-    batch = LabelCollator(0, per_gene=False)(examples[[0]], [()])
+    batch = LabelCollator(per_gene=False)(examples[[0]], [()])
     assert batch["labels"].tolist() == [[1, 0, 1]]
     assert "class_weights" not in batch
 
 
-def test_genes_are_labelled_wherever_they_stand_and_padding_never():
+def test_genes_are_labelled_wherever_they_stand():
     label_of_token = np.full(10, -100)
     label_of_token[[5, 8]] = [1, 0]
     examples = LabelledGenes(tokens(), label_of_token)
-    batch = LabelCollator(0, per_gene=True)(examples[[0, 1, 2]], [()] * 3)
-    assert batch["labels"].tolist() == [[1, -100, -100, -100], [-100] * 4, [-100, 1, -100, 0]]
+    batch = LabelCollator(per_gene=True)(examples[[0, 1, 2]], [()] * 3)
+    assert batch["labels"].tolist() == [[1, -100, -100, -100, -100, 1, -100, 0]]
 
 
 def test_balanced_weights_make_classes_count_alike():

@@ -5,6 +5,7 @@ Runs are real ones of train/pretrain.py on synthetic cells, in processes of thei
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +24,10 @@ from cellglot.train.loop import (
     learning_rate_at,
     make_accelerator,
     mean_loss,
-    prepare_output,
     train,
 )
 from cellglot.train.metrics_log import read_metrics
+from cellglot.train.output_folder import prepare_output
 
 from ..conftest import ROOT, synthetic_cells
 
@@ -133,24 +134,6 @@ def test_ctrl_c_saves_and_the_run_goes_on(corpus, uninterrupted, tmp_path, numbe
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_loss_curve(corpus, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    run(corpus, one)
-    run(corpus, two, ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))
-    a, b = losses(one), losses(two)
-    assert list(a) == list(b) == list(range(1, 31))
-    # 1e-4: float32 gradients summed in another order, amplified over 30 steps of Adam
-    np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=1e-4)
-    validation = [
-        [line["validation_loss"] for line in read_metrics(o / "metrics.jsonl") if "validation_loss" in line]
-        for o in (one, two)
-    ]
-    assert len(validation[0]) == 3
-    np.testing.assert_allclose(*validation, rtol=1e-4)
-    assert json.loads((two / "run.json").read_text())["n_processes"] == 2
-
-
-@pytest.mark.slow
 def test_micro_batches_give_the_gradient_of_the_whole_step(corpus, tmp_path):
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     run(corpus, whole, max_steps=10)
@@ -169,6 +152,26 @@ def test_bf16_and_recomputed_activations_change_the_losses_little(corpus, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_compiled_model_has_the_same_losses_and_resumes(corpus, tmp_path):
+    options = {"dropout": 0.0, "max_steps": 6, "save_every": 3, "eval_every": 0}
+    run(corpus, tmp_path / "plain", **options)
+    compiled = tmp_path / "run"
+    run(corpus, compiled, compile="true", **options)
+    expected = losses(compiled)
+    # 1e-5: fused kernels round elsewhere
+    np.testing.assert_allclose(list(expected.values()), list(losses(tmp_path / "plain").values()), rtol=1e-5)
+    shutil.rmtree(compiled / "checkpoints" / "step-00000006")
+    run(corpus, compiled, compile="true", resume="true", **options)
+    assert losses(compiled) == expected
+
+
+def test_compile_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+        fit_line(tmp_path, compile=True)
+
+
+@pytest.mark.slow
 def test_a_finished_or_foreign_folder_is_not_touched(corpus, uninterrupted, tmp_path):
     before = sorted(p.stat().st_mtime_ns for p in uninterrupted.rglob("*"))
     result = run(corpus, uninterrupted, expect=1)
@@ -182,8 +185,6 @@ def test_a_finished_or_foreign_folder_is_not_touched(corpus, uninterrupted, tmp_
 
 @pytest.mark.slow
 def test_resuming_with_other_options_is_refused(corpus, uninterrupted, tmp_path):
-    import shutil
-
     output = tmp_path / "run"
     shutil.copytree(uninterrupted, output)
     result = run(corpus, output, expect=1, resume="true", dropout=0.1, max_steps=40, learning_rate=0.5)

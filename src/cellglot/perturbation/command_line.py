@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
     model = load_encoder(options.model, options.device)
     shared: dict[str, Any] = {
         "kind": options.kind,
+        "method": options.method,
         "genes": _genes(options.genes, options.joint),
         "anchor": options.anchor,
         "rank_shift": options.rank_shift,
@@ -64,6 +65,8 @@ def run(options: argparse.Namespace) -> None:
         states = CellStates(*names, summary=options.state_summary)
     planned = plan_run(options.cells, model, tokenizer, **shared, **of_counts, states=states, effect=options.effect)
     print(planned.report)
+    if planned.method == "gradient":
+        print("Values are first-order estimates: compute the genes that come first again, with --method exact --genes.")
     # Cells of a null set are compared as they are, whatever their state. Planned first: mistakes show before the work.
     of_null = None if options.null is None else plan_run(options.null, model, tokenizer, **shared, **of_counts)
     planned = planned.begun(options.output)
@@ -111,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer", help="directory of the tokenizer, if it is not beside the model")
     add("--output", type=Path, required=True, help="folder for results, new or of the same run")
     add("--kind", choices=KINDS, default="delete", help="what is done to a gene (default delete)")
+    add(
+        "--method",
+        choices=["exact", "gradient"],
+        default="exact",
+        help="exact (default), or gradient: first-order estimates of deletions, to find the genes worth computing",
+    )
     add(
         "--genes", default="all", metavar="A,B,C+D", help="all (default); or genes one at a time, those at a + together"
     )

@@ -225,8 +225,3 @@ def batches_by_length(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarr
         stop = start + max(max_tokens // int(lengths[rest[start]]), 1)
         yield rest[start:stop]
         start = stop
-
-
-def default_max_tokens(encoder: Any) -> int:
-    """Tokens of a forward pass: what stays in a CPU's caches, or keeps a GPU busy within a few GiB."""
-    return 4096 if next(encoder.parameters()).device.type == "cpu" else 32_768

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..cell_stream import check_model
+from ..cell_stream import check_model, default_max_tokens
 from ..embedding import layers_to_run
 from ..tokenization.gene_ids import examples
 from .cells import Cells, check_cells, open_cells
-from .effects import Measure, Pooling, default_max_tokens
-from .run import FORMAT, Effect, Part, Run
+from .effects import Measure, Pooling
+from .run import FORMAT, Effect, Method, Part, Run
 from .states import CellStates, embed_states
 from .targets import JOINER, Perturbation, PerturbationReport, gene_names, parse_perturbation
 
@@ -31,6 +31,7 @@ def plan_run(
     tokenizer: Any,
     *,
     kind: str = "delete",
+    method: Method = "exact",
     genes: Any = "all",
     anchor: str | None = None,
     rank_shift: int | None = None,
@@ -54,9 +55,10 @@ def plan_run(
     for name, value in (("max_cells", max_cells), ("max_tokens", max_tokens), ("part_tokens", part_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"Expected {name} of at least 1, found {value}.")
-    max_tokens = default_max_tokens(encoder) if max_tokens is None else max_tokens
+    max_tokens = default_max_tokens(next(encoder.parameters()).device) if max_tokens is None else max_tokens
     n_special = 2 if tokenizer.layout == "v2" else 0
     perturbation = parse_perturbation(kind, genes, anchor, rank_shift, tokenizer, max_length - n_special)
+    _check_method(method, perturbation, effect)
     cells = open_cells(
         source,
         tokenizer,
@@ -91,6 +93,7 @@ def plan_run(
             "cells": data_hash if cells.labels is None else _hash([data_hash, *map(str, cells.labels)]),
             "cell_names": None if cells.names is None else _hash(cells.names),
             "kind": kind,
+            "method": method,
             "genes": "all" if perturbation.groups is None else [list(group) for group in perturbation.groups],
             "anchor": perturbation.anchor,
             "rank_shift": perturbation.rank_shift,
@@ -125,6 +128,26 @@ def _check_measure(tokenizer: Any, effect: str, pooling: str) -> None:
         raise ValueError(f"Expected pooling 'mean' or 'cls', found {pooling!r}.")
     if pooling == "cls" and tokenizer.cls_token_id is None:
         raise ValueError("This tokenizer's layout has no <cls>; use pooling='mean'.")
+
+
+def _check_method(method: str, perturbation: Perturbation, effect: str) -> None:
+    if method not in ("exact", "gradient"):
+        raise ValueError(f"Expected method 'exact' or 'gradient', found {method!r}.")
+    if method == "exact":
+        return
+    together = perturbation.anchor is not None or any(len(group) > 1 for group in perturbation.groups or ())
+    found = {
+        f"kind={perturbation.kind!r}": perturbation.kind != "delete",
+        f"effect={effect!r}": effect != "cell",
+        "genes perturbed together": together,
+        # It costs a forward and a backward pass where the exact value costs a forward pass.
+        "one gene": perturbation.groups is not None and len(perturbation.groups) == 1,
+    }
+    if any(found.values()):
+        raise ValueError(
+            "method='gradient' estimates effects on cells of deletions of several genes, one at a time, found "
+            f"{' and '.join(what for what, is_so in found.items() if is_so)}. Use method='exact'."
+        )
 
 
 def _eligible(

@@ -24,12 +24,14 @@ from ..cell_stream import evaluating
 from ..embedding_files import replaced_when_complete
 from .cells import Cells
 from .effects import Effects, Measure, block_effects
+from .gradient import block_estimates
 from .states import read_states, write_states
 from .targets import CELL, JOINER, Perturbation, PerturbationReport, PlannedEdit
 
 logger = logging.getLogger(__name__)
 
 Effect = Literal["cell", "gene"]
+Method = Literal["exact", "gradient"]
 RECORD = "perturbation.json"
 STATES = "states.parquet"
 # Rows of a table that is made at once
@@ -68,6 +70,10 @@ class Run:
     embed_states: Callable[[], np.ndarray] | None = None
 
     @property
+    def method(self) -> Method:
+        return self.record["method"]
+
+    @property
     def state_names(self) -> Sequence[str]:
         return self.record["states"] or ()
 
@@ -99,7 +105,10 @@ class Run:
         # What is left out was counted when the run was planned.
         planned = [self.perturbation.planned(g, PerturbationReport()) for g in genes]
         with evaluating(self.measure.encoder):
-            effects = block_effects(self.cells, genes, planned, self.perturbation, self.measure, done=bar.update)
+            if self.method == "gradient":
+                effects = block_estimates(self.cells, block, genes, planned, self.measure, done=bar.update)
+            else:
+                effects = block_effects(self.cells, genes, planned, self.perturbation, self.measure, done=bar.update)
         edits = [(cell, g, p) for cell, g, of_cell in zip(block, genes, planned, strict=True) for p in of_cell]
         n_rows = [1 + len(similarity) for similarity in effects.by_gene] or [1] * len(edits)
         table = np.cumsum(n_rows) // ROWS_PER_TABLE
