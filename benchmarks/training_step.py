@@ -7,11 +7,10 @@ CPU: float32, 8 cells of 838 to 2,048 tokens, 15% of the genes masked, AdamW; wi
 published with, and without any, where the losses of both must agree. GPU: bfloat16 autocast, `--tokens` a step, the
 padded peer in batches of cells as the original has them, with the lengths of the size's context.
 
-Model FLOPs of a step, what its matrix products need without padding and with logits for masked genes only:
-    3 x 2 x (parameters of the layers x tokens + 2 x layers x width x sum of squared lengths
-             + (width^2 + width x vocabulary) x masked genes)
-Utilization is model FLOPs per second over the peak: on a GPU the data sheet's (`--peak`, TFLOP/s), on a CPU that of a
-large float32 product in the same run.
+Model FLOPs of a step are those that its matrix products need without padding and with logits for masked genes only
+(`cellglot.train.capacity.flops_of_cell`, which has the formula). Utilization is model FLOPs per second over the peak:
+on a GPU the data sheet's (`--peak`, TFLOP/s), on a CPU the pace of the best float32 product in the same run. The packed
+model computes less than that: its last layer is for masked genes only.
 """
 
 import argparse
@@ -45,20 +44,13 @@ def masked_cells(lengths: np.ndarray, vocabulary: int, seed: int) -> tuple[list[
     return [ids for ids, _ in masked], [labels for _, labels in masked]
 
 
-def model_flops(config: Any, lengths: np.ndarray, n_masked: int) -> float:
-    """FLOPs of one training step (see the head of this file)."""
-    width, inner = config.hidden_size, config.intermediate_size
-    layers = config.num_hidden_layers * (4 * width**2 + 2 * width * inner)
-    attention = 2 * config.num_hidden_layers * width * float((lengths.astype(float) ** 2).sum())
-    head = (width**2 + width * config.vocab_size) * n_masked
-    return 6 * (layers * float(lengths.sum()) + attention + head)
-
-
 def timed_steps(
-    model: Any, batches: list[dict[str, Any]], device: str, n_steps: int, compiled: bool
+    model: Any, batches: list[dict[str, Any]], device: str, n_steps: int, compiled: bool, onednn: bool
 ) -> tuple[list[float], list[float]]:
     """(seconds, losses) of `n_steps` optimizer steps, each over all micro-batches; a first step is not counted."""
     import torch
+
+    from cellglot.onednn import OneDNNLinear
 
     model.to(device).train()
     forward = torch.compile(model, dynamic=True) if compiled else model
@@ -71,7 +63,7 @@ def timed_steps(
         started = time.perf_counter()
         total = 0.0
         for batch in batches:
-            with autocast:
+            with autocast, OneDNNLinear() if onednn else nullcontext():
                 loss = forward(**batch).loss
             share = loss * (int((batch["labels"] != -100).sum()) / n_items) if len(batches) > 1 else loss
             share.backward()
@@ -86,11 +78,18 @@ def timed_steps(
 
 
 def _answer(
-    model: Any, batches: list[dict[str, Any]], lengths: np.ndarray, device: str, n_steps: int, compiled: bool = False
+    model: Any,
+    batches: list[dict[str, Any]],
+    lengths: np.ndarray,
+    device: str,
+    n_steps: int,
+    *,
+    compiled: bool = False,
+    onednn: bool = False,
 ) -> dict[str, Any]:
     import torch
 
-    seconds, losses = timed_steps(model, batches, device, n_steps, compiled)
+    seconds, losses = timed_steps(model, batches, device, n_steps, compiled, onednn)
     gpu_mb = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else 0.0
     return {
         "tokens_per_second": float(lengths.sum()) / float(np.median(seconds)),
@@ -113,7 +112,9 @@ def packed(
     cells, labels = masked_cells(lengths, config.vocab_size, seed)
     torch.manual_seed(seed)
     batch = packed_cells(cells) | {"labels": torch.from_numpy(np.concatenate(labels)).unsqueeze(0)}
-    return _answer(GeneformerForMaskedLM(config), [batch], lengths, device, n_steps, compiled)
+    # As the training loop does
+    onednn = device == "cpu" and not compiled
+    return _answer(GeneformerForMaskedLM(config), [batch], lengths, device, n_steps, compiled=compiled, onednn=onednn)
 
 
 def padded(
@@ -158,16 +159,10 @@ def padded(
 
 
 def product() -> dict[str, Any]:
-    """Peak of a large float32 matrix product on this CPU, FLOP/s."""
-    import torch
+    """Pace of the best float32 product on this CPU, FLOP/s."""
+    from matrix_products import product_gflops
 
-    a, b = torch.randn(3000, 3000), torch.randn(3000, 3000)
-    seconds = []
-    for _ in range(7):
-        started = time.perf_counter()
-        torch.mm(a, b)
-        seconds.append(time.perf_counter() - started)
-    return {"flops": 2 * 3000**3 / min(seconds)}
+    return {"flops": product_gflops(256, 512)["onednn"] * 1e9}
 
 
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -219,11 +214,11 @@ def main() -> None:
 
 def _figures(size: str, n_cells: int, seed: int, answers: dict[str, list], peak: float | None) -> dict[str, Any]:
     from cellglot import GeneformerConfig
+    from cellglot.train.capacity import flops_of_cell
 
     config = GeneformerConfig.from_preset(size)
     lengths = lengths_of_step(size, n_cells, seed)
-    n_masked = sum(int((labels != -100).sum()) for labels in masked_cells(lengths, config.vocab_size, seed)[1])
-    flops = model_flops(config, lengths, n_masked)
+    flops = sum(flops_of_cell(config, float(n)) for n in lengths)
     ours, theirs = (measure.median(answers[name], "tokens_per_second") for name in ("packed", "padded"))
     memory = "gpu_memory_mb" if answers["packed"][0]["gpu_memory_mb"] else "peak_rss_mb"
     losses = [answers[name][0]["loss"] for name in ("packed", "padded")]

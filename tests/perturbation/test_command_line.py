@@ -61,7 +61,7 @@ def test_estimates_by_gradient(files, tmp_path, capsys, states, genes):
     assert perturb(folder, tmp_path / "out", *options) == 0
     assert "Values are first-order estimates" in capsys.readouterr().out
     assert read_perturbations(tmp_path / "out").attrs["method"] == "gradient"
-    shifts = [name for name in pd.read_csv(tmp_path / "out" / "statistics.csv") if "shift" in name]
+    shifts = [name for name in pd.read_csv(tmp_path / "out" / "statistics.csv") if "shift" in str(name)]
     assert bool(shifts) == bool(states)
     assert perturb(folder, tmp_path / "out", "--genes", genes, "--max-cells", "9", *states) == 1
     assert 'method: "gradient" there, "exact" now' in capsys.readouterr().err
