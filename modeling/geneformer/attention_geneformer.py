@@ -3,28 +3,38 @@
 A packed batch lays the tokens of all cells end to end, so nothing is computed on padding. How attention then keeps to
 its cells depends on the attention implementation of the model (`attn_implementation`):
 
-    sdpa               CUDA, half precision: torch's variable-length flash attention; else one cell after another
+    sdpa               CUDA, half precision: torch's variable-length flash attention; else one cell after another,
+                       on a CPU by `BlockedAttention` where that is faster, or where there is dropout
     flash_attention_*  flash-attn's variable-length kernel, through transformers
     flex_attention     one product under a mask of cells; on a CPU, where torch cannot train with it, as sdpa
     eager              one cell after another, written out
 
-torch's fused attention has no dropout on a CPU: `DropoutAttention` fills the gap, in blocks that stay in the cache.
+torch's fused attention has no dropout on a CPU, and its float32 products run at MKL's pace there, which on AMD
+processors is half of oneDNN's. `BlockedAttention` fills both gaps.
 
-Axes: h heads, t tokens of all cells, q queries and k keys of one cell, d width of a head.
+Axes: h heads, t tokens of all cells, q queries and k keys of one cell, d width of a head; n cells and heads together.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-# Numbers of a block of attention weights: 2 MB of float32, which stay in the caches
-BLOCK_SIZE = 2**19
+# Attention weights of a block for each thread: 1 MB of float32, which stay in the caches
+BLOCK_SIZE = 2**18
+
+# Keys of a cell from which on `BlockedAttention` is faster than torch's fused attention (heads of width 64)
+ENOUGH_KEYS = 384
+
+# Whether this torch can multiply by oneDNN: an operator that its compiler emits
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @dataclass(frozen=True)
@@ -140,27 +150,40 @@ def _one_by_one(
     """One cell after another, but for those whose output nobody wants."""
     n_queries, n_keys = zip(*cells.lengths, strict=True)
     parts = zip(query.split(n_queries, dim=2), key.split(n_keys, dim=2), value.split(n_keys, dim=2), strict=True)
-    wanted = [qkv for qkv, n in zip(parts, n_queries, strict=True) if n]
-    if implementation == "sdpa" and options["dropout"] > 0 and query.device.type == "cpu":
-        outs = [_with_dropout(*qkv, options["scaling"], options["dropout"]) for qkv in wanted]
-    else:
-        outs = [attend(module, *qkv, attention_mask=None, **options)[0] for qkv in wanted]
+    outs = []
+    for q, k, v in parts:
+        if q.shape[2] and suits_blocks(implementation, q, k, None, options["dropout"]):
+            outs.append(blocked_attention(q, k, v, options["scaling"], options["dropout"]))
+        elif q.shape[2]:
+            outs.append(attend(module, q, k, v, attention_mask=None, **options)[0])
     return torch.cat(outs, dim=1)
 
 
-def _with_dropout(
+def suits_blocks(
+    implementation: str, query: torch.Tensor, key: torch.Tensor, attention_mask: Any, dropout: float
+) -> bool:
+    """Whether `blocked_attention` is the way to attend: on a CPU, without a mask, and not slower than torch's own."""
+    if implementation != "sdpa" or query.device.type != "cpu" or attention_mask is not None:
+        return False
+    if dropout > 0:
+        return True
+    fast = ONEDNN and query.dtype == torch.float32 and key.shape[2] >= ENOUGH_KEYS
+    return fast and not torch.compiler.is_compiling()
+
+
+def blocked_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float
 ) -> torch.Tensor:
-    """Attention of one cell, (1, h, q, d) to (1, q, h, d), with dropout of its weights."""
-    q, k, v = (x[0].float() for x in (query, key, value))
-    out: Any = DropoutAttention.apply(q, k, v, scaling, dropout)
-    return out.transpose(0, 1).unsqueeze(0).to(query.dtype)
+    """Attention of whole cells with dropout of its weights, (cells, h, q, d) to (cells, q, h, d)."""
+    q, k, v = (x.flatten(0, 1).float() for x in (query, key, value))
+    out: Any = BlockedAttention.apply(q, k, v, scaling, dropout)
+    return out.view(query.shape).transpose(1, 2).to(query.dtype)
 
 
-class DropoutAttention(torch.autograd.Function):
+class BlockedAttention(torch.autograd.Function):
     """dropout(softmax(q k^T * scaling)) v in blocks of queries; the backward pass computes the weights anew.
 
-    query (h, q, d), key and value (h, k, d), float32. Which weights are dropped follows from a seed that is drawn from
+    query (n, q, d), key and value (n, k, d), float32. Which weights are dropped follows from a seed that is drawn from
     torch's generator, so a run that goes on from the same state drops the same.
     """
 
@@ -169,44 +192,81 @@ class DropoutAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float
     ) -> torch.Tensor:
-        seed = int(torch.randint(2**62, ()))
-        scaled = query * scaling
+        seed = int(torch.randint(2**62, ())) if dropout else 0
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        scaled, value_t = query * scaling, value.transpose(1, 2).contiguous()
         out = torch.empty_like(query)
-        for rows, dropped in _blocks(query, key, dropout, seed):
-            weights = torch.softmax(torch.bmm(scaled[:, rows], key.transpose(1, 2)), dim=-1)
-            weights.view(-1).index_fill_(0, dropped, 0.0)
-            out[:, rows] = torch.bmm(weights, value)
+        for i, rows, dropped in _blocks(query, key, dropout, seed):
+            weights = _weights(scaled[i, rows], key[i])
+            _drop(weights, dropped)
+            out[i, rows] = _product(weights, value_t[i])
         ctx.save_for_backward(query, key, value)
         ctx.options = scaling, dropout, seed
-        return out.mul_(1 / (1 - dropout))
+        return out.mul_(1 / (1 - dropout)) if dropout else out
 
     @staticmethod
+    @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         query, key, value = ctx.saved_tensors
         scaling, dropout, seed = ctx.options
-        scaled, grad_out = query * scaling, grads[0] * (1 / (1 - dropout))
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for rows, dropped in _blocks(query, key, dropout, seed):
-            weights = torch.softmax(torch.bmm(scaled[:, rows], key.transpose(1, 2)), dim=-1)
-            grad_weights = torch.bmm(grad_out[:, rows], value.transpose(1, 2))
-            grad_weights.view(-1).index_fill_(0, dropped, 0.0)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)  # pyright: ignore
-            weights.view(-1).index_fill_(0, dropped, 0.0)
-            grad_value.baddbmm_(weights.transpose(1, 2), grad_out[:, rows])
-            grad_query[:, rows] = torch.bmm(grad_scores, key)
-            grad_key.baddbmm_(grad_scores.transpose(1, 2), scaled[:, rows])
-        return grad_query.mul_(scaling), grad_key, grad_value, None, None
+        scaled, grad_out = query * scaling, grads[0].contiguous() * (1 / (1 - dropout))
+        key_t = key.transpose(1, 2).contiguous()
+        grad_query, grad_key_t, grad_value_t = torch.empty_like(query), torch.zeros_like(key_t), torch.zeros_like(key_t)
+        for i, rows, dropped in _blocks(query, key, dropout, seed):
+            weights = _weights(scaled[i, rows], key[i])
+            grad_weights = _product(grad_out[i, rows], value[i])
+            _drop(grad_weights, dropped)
+            # In place: a fresh block costs more than what is computed on it
+            grad_scores = torch.ops.aten._softmax_backward_data.out(
+                grad_weights, weights, -1, weights.dtype, grad_input=grad_weights
+            )
+            _drop(weights, dropped)
+            grad_query[i, rows] = _product(grad_scores, key_t[i])
+            # oneDNN is fast with a transposed block only as the second factor, so these gradients come transposed
+            grad_key_t[i] += _product(scaled[i, rows].T, grad_scores.T)
+            grad_value_t[i] += _product(grad_out[i, rows].T, weights.T)
+        return grad_query.mul_(scaling), grad_key_t.transpose(1, 2), grad_value_t.transpose(1, 2), None, None
 
 
-def _blocks(query: torch.Tensor, key: torch.Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Blocks of queries, and the places in the (h, rows, k) weights of each that are dropped; the same for a seed."""
+def _weights(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """softmax(query key^T), (rows, k)."""
+    scores = _product(query, key)
+    return torch.softmax(scores, dim=-1, out=scores)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x weight^T, by oneDNN where torch has it. `linear` itself would take MKL."""
+    if ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return nn.functional.linear(x, weight)
+
+
+def _drop(block: torch.Tensor, places: torch.Tensor | None) -> None:
+    if places is not None:
+        block.view(-1).index_fill_(0, places, 0.0)
+
+
+def _blocks(
+    query: torch.Tensor, key: torch.Tensor, dropout: float, seed: int
+) -> Iterator[tuple[int, slice, torch.Tensor | None]]:
+    """(head, block of its queries, places in the (rows, k) weights that are dropped); the same for a seed.
+
+    Places are drawn for all of a head, so they do not depend on the size of the blocks.
+    """
     generator = torch.Generator().manual_seed(seed)
-    heads, n_queries, n_keys = query.shape[0], query.shape[1], key.shape[1]
-    size = max(BLOCK_SIZE // (heads * n_keys), 1)
-    for start in range(0, n_queries, size):
-        rows = slice(start, min(start + size, n_queries))
-        yield rows, dropped_places(heads * (rows.stop - start) * n_keys, dropout, generator)
+    n_queries, n_keys = query.shape[1], key.shape[1]
+    size = max(BLOCK_SIZE * torch.get_num_threads() // n_keys, 1)
+    # Blocks of like size
+    starts = [n_queries * i // -(-n_queries // size) for i in range(-(-n_queries // size) + 1)]
+    for head in range(query.shape[0]):
+        dropped = dropped_places(n_queries * n_keys, dropout, generator) if dropout else None
+        for start, end in pairwise(starts):
+            if dropped is None:
+                yield head, slice(start, end), None
+            else:
+                first, last = torch.searchsorted(dropped, torch.tensor([start * n_keys, end * n_keys])).tolist()
+                yield head, slice(start, end), dropped[first:last] - start * n_keys
 
 
 def dropped_places(n: int, probability: float, generator: torch.Generator) -> torch.Tensor:
@@ -227,4 +287,12 @@ def dropped_places(n: int, probability: float, generator: torch.Generator) -> to
     return places[: int(torch.searchsorted(places, n))]
 
 
-__all__ = ["DropoutAttention", "PackedCells", "dropped_places", "eager_attention_forward", "packed_attention"]
+__all__ = [
+    "BlockedAttention",
+    "PackedCells",
+    "blocked_attention",
+    "dropped_places",
+    "eager_attention_forward",
+    "packed_attention",
+    "suits_blocks",
+]

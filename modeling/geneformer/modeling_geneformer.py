@@ -34,7 +34,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_geneformer import PackedCells, eager_attention_forward, packed_attention
+from .attention_geneformer import (
+    PackedCells,
+    blocked_attention,
+    eager_attention_forward,
+    packed_attention,
+    suits_blocks,
+)
 from .configuration_geneformer import GeneformerConfig
 
 # Logits that a GPU holds at once: 1 GiB of float32
@@ -161,11 +167,13 @@ class GeneformerSelfAttention(nn.Module):
             "dropout": self.config.attention_probs_dropout_prob if self.training else 0.0,
             **kwargs,
         }
-        if cells is None:
-            out, weights = attend(self, q, k, v, attention_mask, **options)
-        else:
+        weights = None
+        if cells is not None:
             out = packed_attention(attend, self, q, k, v, cells, implementation=implementation, **options)
-            weights = None
+        elif suits_blocks(implementation, q, k, attention_mask, options["dropout"]):
+            out = blocked_attention(q, k, v, self.scaling, options["dropout"])
+        else:
+            out, weights = attend(self, q, k, v, attention_mask, **options)
         return out.flatten(2), weights
 
 

@@ -1,12 +1,12 @@
-"""Attention with dropout on a CPU, against the same written out."""
+"""Attention in blocks on a CPU, against the same written out."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from cellglot import GeneformerConfig, GeneformerForMaskedLM
+from cellglot import GeneformerConfig, GeneformerForMaskedLM, GeneformerModel
 from cellglot.modeling.geneformer import attention_geneformer
-from cellglot.modeling.geneformer.attention_geneformer import DropoutAttention, PackedCells, dropped_places
+from cellglot.modeling.geneformer.attention_geneformer import BlockedAttention, PackedCells, dropped_places
 
 HEADS, QUERIES, KEYS, WIDTH = 3, 11, 17, 5
 
@@ -17,30 +17,53 @@ def tensors(seed=0):
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
 
-@pytest.mark.parametrize("block_size", [1, 4 * HEADS * KEYS, 2**20])
-@pytest.mark.parametrize("dropout", [0.02, 0.3])
-def test_output_and_gradients_equal_the_definition(monkeypatch, block_size, dropout):
+@pytest.mark.parametrize("onednn", [attention_geneformer.ONEDNN, False])
+@pytest.mark.parametrize("block_size", [1, 4 * KEYS, 2**20])
+@pytest.mark.parametrize("dropout", [0.0, 0.02, 0.3])
+def test_output_and_gradients_equal_the_definition(monkeypatch, onednn, block_size, dropout):
+    monkeypatch.setattr(attention_geneformer, "ONEDNN", onednn)
     monkeypatch.setattr(attention_geneformer, "BLOCK_SIZE", block_size)
     query, key, value = tensors()
     grad = torch.randn(HEADS, QUERIES, WIDTH)
 
     torch.manual_seed(7)
-    out = DropoutAttention.apply(query, key, value, 0.4, dropout)
+    out = BlockedAttention.apply(query, key, value, 0.4, dropout)
     found = torch.autograd.grad(out, (query, key, value), grad)
 
-    # The same weights are dropped: those that the seed chooses, block by block.
+    # The same weights are dropped, whatever the blocks: those that the seed chooses, head by head.
     torch.manual_seed(7)
-    seed = int(torch.randint(2**62, ()))
     kept = torch.ones(HEADS, QUERIES, KEYS)
-    for rows, dropped in attention_geneformer._blocks(query, key, dropout, seed):
-        block = torch.ones(HEADS, rows.stop - rows.start, KEYS)
-        block.view(-1)[dropped] = 0
-        kept[:, rows] = block
-    assert 0 < (kept == 0).float().mean() < 2 * dropout
+    if dropout:
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        for head in kept:
+            head.view(-1)[dropped_places(QUERIES * KEYS, dropout, generator)] = 0
+        assert 0 < (kept == 0).float().mean() < 2 * dropout
     expected = (torch.softmax(query @ key.transpose(1, 2) * 0.4, dim=-1) * kept / (1 - dropout)) @ value
     assert_close(out, expected)
     for a, b in zip(found, torch.autograd.grad(expected, (query, key, value), grad), strict=True):
         assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 401, 797]])
+def test_long_cells_go_in_blocks_and_give_what_torch_gives(monkeypatch, cu_seqlens):
+    config = GeneformerConfig(vocab_size=101, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
+    torch.manual_seed(0)
+    model = GeneformerModel(config).eval()
+    ids = torch.randint(2, 101, (3, 397) if cu_seqlens is None else (1, 797))
+    batch = {"input_ids": ids} | ({} if cu_seqlens is None else {"cu_seqlens": torch.tensor(cu_seqlens)})
+    calls = []
+
+    def counted(*args, apply=BlockedAttention.apply):
+        calls.append(args[0].shape)
+        return apply(*args)
+
+    monkeypatch.setattr(BlockedAttention, "apply", counted)
+    found = model(**batch).last_hidden_state
+    assert len(calls) == 2 * (1 if cu_seqlens is None else 2)
+    monkeypatch.setattr(attention_geneformer, "ENOUGH_KEYS", 1000)
+    expected = model(**batch).last_hidden_state
+    assert len(calls) == 2 * (1 if cu_seqlens is None else 2)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("probability", [0.003, 0.1, 0.9])

@@ -103,7 +103,7 @@ def test_few_files_are_open_at_once(corpus, tmp_path, monkeypatch):
 def test_counts_stored_by_gene_are_refused(corpus, tmp_path):
     tokenizer, files, masks = corpus
     adata = ad.read_h5ad(files[0])
-    adata.X = sp.csc_matrix(adata.X)
+    adata.X = sp.csc_matrix(adata.to_df().to_numpy())
     adata.write_h5ad(tmp_path / "csc.h5ad")
     with pytest.raises(ValueError, match="stored by gene"):
         measure_lengths(tokenizer, tmp_path / "csc.h5ad", masks[0], tmp_path / "x.npy")
