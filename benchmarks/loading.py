@@ -3,12 +3,14 @@
     python benchmarks/loading.py --json benchmarks/results/loading.json
 
 Simulated cells of `benchmarks/tokenization.py` (gzip `.h5ad`), one epoch in batches of 144 cells, as NumPy token ids on
-the way to the collator. Contenders, each in a process of its own:
+the way to the collator, with machine code loaded before the clock starts. Contenders, each in a process of its own:
 
-on the fly    `cellglot.train.on_the_fly.OnTheFlyCells` in the order of an epoch: blocks of 512 cells shuffled, 16 mixed
-datasets      tokens on disk (Arrow, as `train/pretrain.py` stores them), in random order
-scDataset     where it is installed (or in --scdataset-path): blocks of 512 cells, 16 fetched at once, from a backed
-              AnnData; counts are then encoded by cellglot's tokenizer, 8,192 cells at a time
+on the fly           `cellglot.train.on_the_fly.OnTheFlyCells` in the order of an epoch: blocks of 512 cells shuffled,
+                     16 mixed
+datasets             tokens on disk (Arrow, as `train/pretrain.py` stores them), in random order
+scDataset            where it is installed (or in --scdataset-path): blocks of 512 cells, 16 fetched at once, from a
+                     backed AnnData; each fetch is encoded by cellglot's tokenizer, in as many threads as on the fly
+scDataset 2 workers  the same in two processes of a torch DataLoader
 """
 
 import argparse
@@ -25,7 +27,7 @@ from simulated_cells import generate, generate_tokenizer
 BATCH = 144
 
 
-def on_the_fly(path: str, tokenizer_path: str, work: str, seed: int) -> dict[str, Any]:
+def on_the_fly(path: str, tokenizer_path: str, work: str, seed: int, **_: Any) -> dict[str, Any]:
     """Blocks of cells are read and encoded as their turn comes."""
     from cellglot import RankValueTokenizer
     from cellglot.train.batches import EpochPlan
@@ -45,10 +47,16 @@ def on_the_fly(path: str, tokenizer_path: str, work: str, seed: int) -> dict[str
         (micro,) = plan.step(i)[0]
         n_tokens += sum(len(row["input_ids"]) for row in cells.__getitems__(list(micro.examples)))
     seconds = time.perf_counter() - started
-    return {"cells_per_second": len(cells) / seconds, "n_tokens": n_tokens, "first_pass_seconds": first_pass}
+    return {
+        "cells_per_second": len(cells) / seconds,
+        "n_tokens": n_tokens,
+        "first_pass_seconds": first_pass,
+        "blocks": len(np.unique(blocks)),
+        "blocks_kept": cells.n_kept,
+    }
 
 
-def stored(path: str, tokenizer_path: str, work: str, seed: int) -> dict[str, Any]:
+def stored(path: str, tokenizer_path: str, work: str, seed: int, **_: Any) -> dict[str, Any]:
     """Rows of a data set on disk in random order."""
     import datasets
 
@@ -76,36 +84,54 @@ def stored(path: str, tokenizer_path: str, work: str, seed: int) -> dict[str, An
     }
 
 
-def sc_dataset(path: str, tokenizer_path: str, work: str, seed: int, scdataset_path: str | None) -> dict[str, Any]:
+def sc_dataset(
+    path: str, tokenizer_path: str, work: str, seed: int, scdataset_path: str | None, workers: int = 0
+) -> dict[str, Any]:
     """scDataset over a backed AnnData, each fetch encoded at once."""
     if scdataset_path:
         sys.path.append(scdataset_path)
     import anndata
     from scdataset import BlockShuffling, scDataset  # type: ignore[import-not-found]
+    from torch.utils.data import DataLoader
 
     from cellglot import RankValueTokenizer
+    from cellglot.tokenization.count_matrix import CountMatrix
 
     adata = anndata.read_h5ad(path, backed="r")
-    genes = list(adata.var_names)
-    totals = adata.obs["n_counts"].to_numpy()
     tokenizer = RankValueTokenizer.from_pretrained(tokenizer_path)
 
-    def fetch(collection: Any, indices: np.ndarray) -> np.ndarray:
-        counts = collection.X[indices]
-        encoded = tokenizer.encode_expression(counts, genes, n_counts=totals[indices])["input_ids"]
-        rows = np.empty(len(encoded), dtype=object)
-        rows[:] = [np.asarray(ids, dtype=np.int32) for ids in encoded]
-        return rows
+    def fetch(collection: Any, indices: np.ndarray) -> list[np.ndarray]:
+        counts_ng = collection.X[indices]
+        matrix = CountMatrix(
+            "fetch", collection.obs.iloc[indices], collection.var, lambda start, stop: counts_ng[start:stop], {}
+        )
+        cells: list[np.ndarray] = []
+        for batch in tokenizer.iter_encoded(matrix):
+            ids = batch.column("input_ids")
+            cells += np.split(ids.values.to_numpy(), ids.offsets.to_numpy()[1:-1])
+        return cells
 
     data = scDataset(
-        adata, BlockShuffling(block_size=512), batch_size=BATCH, fetch_factor=57, fetch_callback=fetch, seed=seed
+        adata,
+        BlockShuffling(block_size=512),
+        batch_size=BATCH,
+        fetch_factor=57,
+        fetch_callback=fetch,
+        batch_callback=lambda cells, chosen: [cells[i] for i in chosen],
+        seed=seed,
     )
+    # As the first pass of the others does, so that loading the compiled loops is not counted.
+    fetch(adata, np.arange(2_048))
     started = time.perf_counter()
     n_cells = n_tokens = 0
-    for batch in data:
+    for batch in DataLoader(data, batch_size=None, num_workers=workers) if workers else data:
         n_cells += len(batch)
         n_tokens += sum(len(ids) for ids in batch)
     return {"cells_per_second": n_cells / (time.perf_counter() - started), "n_tokens": n_tokens}
+
+
+def sc_dataset_with_workers(**arguments: Any) -> dict[str, Any]:
+    return sc_dataset(**arguments, workers=2)
 
 
 def _n_cells(path: str) -> int:
@@ -116,7 +142,12 @@ def _n_cells(path: str) -> int:
 
 
 def main() -> None:
-    contenders = {"on the fly": on_the_fly, "datasets": stored, "scDataset": sc_dataset}
+    contenders = {
+        "on the fly": on_the_fly,
+        "datasets": stored,
+        "scDataset": sc_dataset,
+        "scDataset 2 workers": sc_dataset_with_workers,
+    }
     measure.answer_as_contender(contenders)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, default=10_000)
@@ -134,20 +165,23 @@ def main() -> None:
         generate_tokenizer(args.work, args.seed),
     )
     results: dict[str, Any] = {**measure.machine(), "cells": args.cells, "genes": args.genes, "seed": args.seed}
-    answers: dict[str, list[dict[str, Any]]] = {}
+    names = [name for name in contenders if args.scdataset or args.scdataset_path or "scDataset" not in name]
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        given: dict[str, Any] = {"path": str(path), "tokenizer_path": str(tokenizer), "work": folder, "seed": args.seed}
-        answers |= measure.interleaved(__file__, ["on the fly", "datasets"], given, repeats=args.repeats)
-        if args.scdataset or args.scdataset_path:
-            given["scdataset_path"] = args.scdataset_path
-            answers |= measure.interleaved(__file__, ["scDataset"], given, repeats=args.repeats)
+        given = {
+            "path": str(path),
+            "tokenizer_path": str(tokenizer),
+            "work": folder,
+            "seed": args.seed,
+            "scdataset_path": args.scdataset_path,
+        }
+        answers = measure.interleaved(__file__, names, given, repeats=args.repeats)
     assert len({answer["n_tokens"] for found in answers.values() for answer in found}) == 1, "contenders disagree"
     rows = []
     for name, found in answers.items():
         key = name.replace(" ", "_").lower()
         pace = measure.median(found, "cells_per_second")
         results |= {f"{key}_cells_per_second": pace, f"{key}_peak_rss_mb": measure.worst(found, "peak_rss_mb")}
-        for figure in ("first_pass_seconds", "disk_mb"):
+        for figure in ("first_pass_seconds", "disk_mb", "blocks", "blocks_kept"):
             if figure in found[0]:
                 results[f"{key}_{figure}"] = measure.median(found, figure)
         rows.append([name, pace, results[f"{key}_peak_rss_mb"], results.get(f"{key}_first_pass_seconds", 0.0)])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
+from .loop_config import RunError
 from .strategy import OptimizerState, Strategy
 
 _WEIGHTS = "model.safetensors"
@@ -81,6 +82,12 @@ def load_state(accelerator: Any, path: Path, strategy: Strategy) -> dict[str, An
     for label, tensor in load_file(str(path / "optimizer.safetensors")).items():
         key, _, name = label.partition(".")
         optimizer_state.setdefault(name, {})[key] = tensor
+    if not optimizer_state.keys() <= set(strategy.names):
+        raise RunError(
+            f"The optimizer's state in {path} names other weights than this model trains (such as "
+            f"{sorted(optimizer_state.keys() - set(strategy.names))[0]!r}): it is of another model, or of an "
+            "earlier version. Start again with --overwrite or another --output."
+        )
     strategy.load_optimizer_state(optimizer_state)
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])

@@ -167,6 +167,7 @@ class DeepSpeedZero:
         self.engine: Any = self.model
         self.utils: Any = importlib.import_module("deepspeed.utils")
         self.trained = {name_of[id(p)]: p for p in trained.parameters() if p.requires_grad}
+        self.names = list(self.trained)
         self._start_optimizer()
 
     def _start_optimizer(self) -> None:

@@ -3,8 +3,8 @@
 A packed batch lays the tokens of all cells end to end, so nothing is computed on padding. How attention then keeps to
 its cells depends on the attention implementation of the model (`attn_implementation`):
 
-    sdpa               CUDA, half precision: torch's variable-length flash attention; else one cell after another,
-                       on a CPU by `BlockedAttention` where that is faster, or where there is dropout
+    sdpa               half precision on Ampere or newer: torch's variable-length flash attention; else one cell after
+                       another, on a CPU by `BlockedAttention` where that is faster, or where there is dropout
     flash_attention_*  flash-attn's variable-length kernel, through transformers
     flex_attention     one product under a mask of cells; on a CPU, where torch cannot train with it, as sdpa
     eager              one cell after another, written out
@@ -29,6 +29,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Attention weights of a block for each thread: 1 MB of float32, which stay in the caches
 BLOCK_SIZE = 2**18
+
+# Tokens of a block of flex attention's mask
+FLEX_BLOCK = 128
 
 # Keys of a cell from which on `BlockedAttention` is faster than torch's fused attention (heads of width 64)
 ENOUGH_KEYS = 384
@@ -57,16 +60,29 @@ class PackedCells:
 
     @cached_property
     def block_mask(self) -> Any:
-        """flex attention's mask that keeps to cells."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        """flex attention's mask that keeps to cells. `create_block_mask` would hold all tokens x tokens meanwhile."""
+        from torch.nn.attention.flex_attention import BlockMask
 
         def cell_of_token(offsets: torch.Tensor) -> torch.Tensor:
             cells = torch.arange(len(offsets) - 1, device=offsets.device)
             return cells.repeat_interleave(offsets.diff())
 
         query_cell, key_cell = cell_of_token(self.queries), cell_of_token(self.keys)
-        sizes: Any = {"B": None, "H": None, "Q_LEN": len(query_cell), "KV_LEN": len(key_cell)}
-        return create_block_mask(lambda n, h, q, k: query_cell[q] == key_cell[k], **sizes, device=str(self.keys.device))
+        n_queries, n_keys, size = len(query_cell), len(key_cell), FLEX_BLOCK
+        firsts = torch.arange(0, n_queries, size, device=self.keys.device)
+        lasts = (firsts + size).clamp(max=n_queries) - 1
+        # A block of queries attends to the blocks from its first cell's first key to its last cell's last key.
+        low = self.keys[query_cell[firsts]] // size
+        high = (self.keys[query_cell[lasts] + 1] - 1) // size
+        n_blocks = -(-n_keys // size)
+        blocks = low[:, None] + torch.arange(n_blocks, device=self.keys.device, dtype=torch.int32)
+        return BlockMask.from_kv_blocks(
+            (high - low + 1).int()[None, None],
+            blocks.clamp(max=n_blocks - 1).int()[None, None],
+            BLOCK_SIZE=size,
+            mask_mod=lambda n, h, q, k: query_cell[q] == key_cell[k],
+            seq_lengths=(n_queries, n_keys),
+        )
 
 
 def eager_attention_forward(
@@ -114,9 +130,17 @@ def packed_attention(
         if query.device.type != "cpu":
             return attend(module, query, key, value, cells.block_mask, **options)[0]
         implementation, attend = "sdpa", sdpa_attention_forward
-    if implementation == "sdpa" and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if implementation == "sdpa" and _suits_varlen_flash(query):
         return _varlen_flash(query, key, value, cells, options["scaling"], options["dropout"])
     return _one_by_one(attend, module, query, key, value, cells, implementation, options)
+
+
+def _suits_varlen_flash(query: torch.Tensor) -> bool:
+    """Half precision on a GPU that FlashAttention 2 knows: Ampere or newer, so not V100 or T4."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    width = query.shape[-1]
+    return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _varlen_flash(

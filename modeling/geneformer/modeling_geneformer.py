@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -77,24 +78,34 @@ def every_token_shown(config: GeneformerConfig, kwargs: dict[str, Any]) -> bool:
 
 
 def masked_gene_loss(x: torch.Tensor, decoder: nn.Linear, labels: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of decoder(x) with the labels, a few rows of logits at a time, gradients along with them.
+    """Summed cross-entropy of decoder(x) with the labels, a few rows of logits at a time.
 
     x       (labelled tokens, d)
     labels  (labelled tokens,) genes
     """
+    if type(decoder) is not nn.Linear:
+        # Wrapped (an adapter, say) or quantized: only the module itself knows what it computes.
+        return nn.functional.cross_entropy(decoder(x).float(), labels, reduction="sum")
     weight, bias = decoder.weight, decoder.bias
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     elif x.dtype != weight.dtype:
         x = x.to(weight.dtype)
-    options = None
-    if x.device.type == "cpu" or len(labels) * len(weight) > LOGITS_AT_ONCE:
-        rows = 256 if x.device.type == "cpu" else max(LOGITS_AT_ONCE // len(weight), 1)
+    rows = 256 if x.device.type == "cpu" else max(LOGITS_AT_ONCE // len(weight), 1)
+    if x.dtype == torch.float32:
         options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=rows)
-    return nn.functional.linear_cross_entropy(
-        x, weight, labels, linear_bias=bias, reduction="sum", options=options
-    ).float()
+        return nn.functional.linear_cross_entropy(x, weight, labels, linear_bias=bias, reduction="sum", options=options)
+
+    # torch's operator would add the losses up in half precision, three digits of which are right.
+    def loss_of_rows(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = nn.functional.linear(x, weight, bias)
+        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+    if len(labels) <= rows:
+        return loss_of_rows(x, labels)
+    parts = zip(x.split(rows), labels.split(rows), strict=True)
+    return torch.stack([checkpoint(loss_of_rows, *part, use_reentrant=False) for part in parts]).sum()  # type: ignore
 
 
 def classification_loss(
@@ -436,7 +447,7 @@ class GeneformerModel(GeneformerPreTrainedModel):
         else:
             self._check_packed(genes, attention_mask, kwargs)
             if max_seqlen is None:
-                max_seqlen = self._longest(cu_seqlens)
+                max_seqlen = self._longest(cu_seqlens, genes.shape[1])
             longest = max_seqlen
         if longest > self.config.max_position_embeddings:
             raise ValueError(
@@ -472,14 +483,19 @@ class GeneformerModel(GeneformerPreTrainedModel):
                 f"A packed batch (cu_seqlens) has one row and no attention_mask; found {genes.shape[0]} rows"
                 f"{'' if attention_mask is None else ' and a mask'}."
             )
-        if kwargs.get("output_attentions"):
+        wanted = kwargs.get("output_attentions")
+        if self.config.output_attentions if wanted is None else wanted:
             raise ValueError("Attention weights of packed cells do not form one tensor; pad the cells instead.")
 
     @staticmethod
-    def _longest(cu_seqlens: torch.Tensor) -> int:
-        lengths = cu_seqlens.diff()
-        if int(lengths.min()) < 1:
-            raise ValueError("A packed batch has no empty cells, but cu_seqlens has equal neighbours: leave them out.")
+    def _longest(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
+        offsets = cu_seqlens.cpu()
+        lengths = offsets.diff()
+        if len(lengths) == 0 or offsets[0] != 0 or offsets[-1] != n_tokens or lengths.min() < 1:
+            raise ValueError(
+                f"Expected cu_seqlens to rise from 0 to the {n_tokens:,} tokens of the batch, without empty cells; "
+                f"found {offsets[:3].tolist()} to {offsets[-3:].tolist()}."
+            )
         return int(lengths.max())
 
 
@@ -525,6 +541,8 @@ class GeneformerForMaskedLM(GeneformerPreTrainedModel):
                             Without: logits (n, t, v)
         The other arguments are those of `GeneformerModel`.
         """
+        if labels is not None and kwargs.get("output_positions") is not None:
+            raise ValueError("With labels, output is wanted where they are: leave output_positions out.")
         labelled = None if labels is None else (labels.flatten() != -100).nonzero().squeeze(1)
         # 85% of tokens carry no label. Of a packed batch, not even the last layer is computed for them.
         packed = kwargs.get("cu_seqlens") is not None

@@ -128,15 +128,19 @@ def padded_batches(
 
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[Any]:
-    """The model without dropout, on a CPU with oneDNN's linear layers, and its device; afterwards all is as before."""
-    was_training = model.training
+    """The model without dropout, on a CPU with oneDNN's linear layers, and its device.
+
+    Afterwards every module is in the mode it was in, which need not be the same for all.
+    """
+    modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     model.eval()
     try:
         with OneDNNLinear() if device.type == "cpu" else contextlib.nullcontext():
             yield device
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def is_path(source: Any) -> bool:

@@ -38,5 +38,6 @@ def _for_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         and x.dtype == weight.dtype == torch.float32
         and type(weight) in (torch.Tensor, nn.Parameter)
         and x.numel() > 0
+        and len(weight) > 0
         and torch.backends.mkldnn.is_available()
     )

@@ -83,12 +83,22 @@ def test_every_place_is_dropped_with_the_probability_and_on_its_own(probability)
 
 
 def test_mask_of_flex_attention_keeps_to_cells():
-    keys, queries = torch.tensor([0, 3, 5, 9]), torch.tensor([0, 2, 2, 3])
+    keys, queries = torch.tensor([0, 3, 5, 9]).int(), torch.tensor([0, 2, 2, 3]).int()
     mask = PackedCells(keys, queries, longest=4).block_mask
     q, k = torch.arange(3)[:, None], torch.arange(9)[None]
     allowed = mask.mask_mod(torch.tensor(0), torch.tensor(0), q, k)
     cell_of_query, cell_of_key = torch.tensor([0, 0, 2]), torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
     assert torch.equal(allowed, cell_of_query[:, None] == cell_of_key[None])
+
+
+def test_blocks_of_flex_attention_s_mask_are_those_with_allowed_pairs(monkeypatch):
+    monkeypatch.setattr(attention_geneformer, "FLEX_BLOCK", 8)
+    keys, queries = torch.tensor([0, 3, 5, 30, 61]), torch.tensor([0, 2, 2, 19, 43])
+    mask = PackedCells(keys.int(), queries.int(), longest=31).block_mask
+    cell_of_query = torch.arange(4).repeat_interleave(queries.diff())
+    cell_of_key = torch.arange(4).repeat_interleave(keys.diff())
+    allowed = torch.nn.functional.pad(cell_of_query[:, None] == cell_of_key, (0, 3, 0, 5)).view(6, 8, 8, 8)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), allowed.any(dim=3).any(dim=1))
 
 
 def test_dropout_of_a_run_that_goes_on_is_the_same():

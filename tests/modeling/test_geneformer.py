@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from cellglot import GeneformerConfig, GeneformerForMaskedLM, GeneformerModel
 from cellglot.modeling.geneformer import PRESETS
+from cellglot.modeling.geneformer.modeling_geneformer import masked_gene_loss
 from cellglot.tokenization.packing import packed_cells
 
 VOCABULARY = 101
@@ -231,6 +232,16 @@ def test_bad_configurations_and_inputs():
         model(*tiny_batch()[:2], cu_seqlens=CU_SEQLENS)
     with pytest.raises(ValueError, match="are for packed batches"):
         model(*tiny_batch()[:2], output_positions=torch.tensor([0]))
+    for offsets in ([0, 13, 20], [1, 13, 31], [0, 13, 13, 31], [0, 20, 13, 31], [0]):
+        with pytest.raises(ValueError, match=r"cu_seqlens to rise from 0 to the 31 tokens.*; found \["):
+            model(packed(tiny_batch()[0]), cu_seqlens=torch.tensor(offsets))
+    ids, _, labels = map(packed, tiny_batch())
+    with pytest.raises(ValueError, match="leave output_positions out"):
+        model(ids, labels=labels, cu_seqlens=CU_SEQLENS, output_positions=torch.tensor([0]))
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="do not form one tensor"):
+        model.bert(packed(tiny_batch()[0]), cu_seqlens=CU_SEQLENS)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
 
@@ -280,6 +291,39 @@ def test_loss_in_bfloat16_is_near_that_in_float32():
     assert found.dtype == torch.float32
     # bfloat16 has 8 bits
     assert_close(found, expected, atol=0, rtol=2e-2)
+
+
+@pytest.mark.parametrize("n", [300, 2048])
+def test_losses_in_half_precision_are_summed_in_float32(n):
+    torch.manual_seed(0)
+    x = torch.randn(n, 16, dtype=torch.bfloat16, requires_grad=True)
+    decoder = torch.nn.Linear(16, 53, dtype=torch.bfloat16)
+    labels = torch.randint(53, (n,))
+    loss = masked_gene_loss(x, decoder, labels)
+    logits = torch.nn.functional.linear(x, decoder.weight, decoder.bias)
+    expected = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    assert_close(loss, expected, rtol=1e-6, atol=0)
+    inputs = (x, decoder.weight, decoder.bias)
+    for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        # Chunks are added up in bfloat16, which has 8 bits.
+        assert_close(a, b, rtol=0, atol=2e-2 * float(b.abs().max()))
+
+
+def test_a_wrapped_decoder_is_asked_for_its_logits():
+    class Adapted(torch.nn.Linear):
+        def forward(self, input):
+            return super().forward(input) + self.adapter * input.sum(dim=-1, keepdim=True)
+
+    model = tiny_model(**NO_DROPOUT)
+    decoder = Adapted(32, VOCABULARY)
+    decoder.adapter = torch.nn.Parameter(torch.linspace(0, 1, VOCABULARY))
+    model.set_output_embeddings(decoder)
+    ids, mask, labels = tiny_batch()
+    expected = model(ids, mask, labels).loss
+    found = model.train()(ids, mask, labels).loss
+    assert_close(found, expected)
+    found.backward()
+    assert decoder.adapter.grad.abs().sum() > 0
 
 
 def test_packed_cells_restart_their_positions():

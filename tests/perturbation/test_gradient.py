@@ -10,6 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from cellglot.perturb import CellStates, read_perturbations, write_perturbations
 from cellglot.perturbation import gradient
+from cellglot.perturbation.statistics import mean_effects
 
 from ..conftest import synthetic_cells
 from .test_perturb import N_GENES, STATES, names, run, setup
@@ -153,7 +154,12 @@ def test_estimates_say_what_they_are(tmp_path):
     assert (exact.attrs["method"], estimate.attrs["method"]) == ("exact", "gradient")
     assert not np.allclose(exact["cosine_similarity"], estimate["cosine_similarity"], atol=1e-4)
     dataset, options = with_states(cells, method="gradient")
-    assert run(dataset, model, tokenizer, **options)["cosine_similarity"].isna().all()
+    frame = run(dataset, model, tokenizer, **options)
+    assert frame["cosine_similarity"].isna().all()
+    means = mean_effects(frame)
+    assert means["mean"].isna().all()
+    assert (means["n_cells"] == frame.groupby("gene").size()[means["gene"]].to_numpy()).all()
+    assert means["shift_to_b"].is_monotonic_increasing
     write_perturbations(cells, model, tokenizer, tmp_path, method="gradient", progress=False)
     kept = read_perturbations(tmp_path)
     pd.testing.assert_frame_equal(kept, estimate)
@@ -180,6 +186,31 @@ def test_what_cannot_be_estimated(options, message):
     _, model, tokenizer = setup()
     with pytest.raises(ValueError, match=message):
         run(synthetic_cells(11, N_GENES), model, tokenizer, **{"method": "gradient", "states": STATES, **options})
+
+
+def test_one_listed_gene_that_the_cells_hold():
+    cells, model, tokenizer = setup(n_cells=1)
+    absent = np.setdiff1d(tokenizer.gene_token_ids, cells[0])[0]
+    genes = names(tokenizer, cells[0][2], absent)
+    with pytest.raises(ValueError, match="found one gene that the cells hold"):
+        run(cells, model, tokenizer, method="gradient", genes=genes)
+
+
+def test_callers_own_inference_mode():
+    cells, model, tokenizer = setup(n_cells=2)
+    expected = run(cells, model, tokenizer, method="gradient")
+    with torch.inference_mode():
+        found = run(cells, model, tokenizer, method="gradient")
+    pd.testing.assert_frame_equal(found, expected)
+
+
+def test_without_layers_genes_do_not_see_each_other():
+    cells, model, tokenizer = setup()
+    # Nor do they see their ranks.
+    with torch.no_grad():
+        model.bert.embeddings.position_embeddings.weight.zero_()
+    frame = run(cells, model, tokenizer, method="gradient", layer=-model.config.num_hidden_layers)
+    np.testing.assert_allclose(frame["cosine_similarity"], 1, atol=1e-6)
 
 
 def test_weights_that_are_not_finite():

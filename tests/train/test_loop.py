@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cellglot.train import checkpoint
 from cellglot.train.loop import (
@@ -195,6 +195,21 @@ def test_resuming_with_other_options_is_refused(corpus, uninterrupted, tmp_path)
     assert json.loads((output / "run.json").read_text())["config"]["learning_rate"] == 0.005
     result = run(corpus, output, expect=1, resume="true", validation_fraction=0.3)
     assert "was made from other data or options" in result.stderr
+
+
+@pytest.mark.slow
+def test_optimizer_state_of_other_weights_is_refused(corpus, uninterrupted, tmp_path):
+    # Earlier versions numbered the weights.
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted, output)
+    shutil.rmtree(output / "model")
+    for path in checkpoint.list_checkpoints(output / "checkpoints"):
+        state = load_file(path / "optimizer.safetensors")
+        numbered = {f"{i}.{label.partition('.')[0]}": x for i, (label, x) in enumerate(state.items())}
+        save_file(numbered, path / "optimizer.safetensors")
+    result = run(corpus, output, expect=1, resume="true", dropout=0.1)
+    assert "it is of another model, or of an earlier version. Start again with --overwrite" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 # ---- in this process: arithmetic and corner cases

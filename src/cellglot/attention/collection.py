@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..cell_stream import check_model, encoded_blocks
+from ..cell_stream import check_model, encoded_blocks, evaluating
 from ..tokenization.count_matrix import open_counts
 
 # Weights held at a time: 64 MB in float32, about 200 MB with what the softmax needs
@@ -195,7 +195,7 @@ def collect_attention(
     rng = np.random.default_rng(seed)
     opened = _opened(cells_or_adata, encoder, tokenizer, max_cells, rng, counts_layer, encode_options)
     with opened as (n, stream):
-        with _evaluating(encoder), tqdm(total=n, desc="attention", unit="cell", disable=not progress) as bar:
+        with evaluating(encoder), tqdm(total=n, desc="attention", unit="cell", disable=not progress) as bar:
             for ids in stream:
                 is_gene = _checked(ids, gene_of_token, encoder.config) >= 0
                 if is_gene.sum() < 2:
@@ -321,15 +321,3 @@ def _drawn(cells: np.ndarray, max_cells: int | None, rng: np.random.Generator) -
     if max_cells is None or max_cells >= len(cells):
         return cells
     return np.sort(rng.choice(cells, max_cells, replace=False))
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Without dropout; afterwards every module is in the mode it was in, which need not be the same for all."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -56,13 +56,16 @@ def keep_weighted_attention(
     # but for the gradient of a mask torch holds all t x t scores.
     one = torch.full_like(query[..., :1], 1 / scaling)
     extra = log_keep[:, None, :, None].expand_as(one).to(key.dtype)
+    # GPU kernels ask for widths that 8 divides.
+    width = query.shape[-1]
+    zeros = torch.zeros_like(query[..., :1]).expand(*query.shape[:-1], -(width + 1) % 8)
     out = nn.functional.scaled_dot_product_attention(
-        torch.cat([query, one], dim=-1),
-        torch.cat([key, extra], dim=-1),
-        torch.cat([value, torch.zeros_like(one)], dim=-1),
+        torch.cat([query, one, zeros], dim=-1),
+        torch.cat([key, extra, zeros], dim=-1),
+        torch.cat([value, torch.zeros_like(one), zeros], dim=-1),
         scale=scaling,
     )
-    return out[..., :-1].transpose(1, 2), None
+    return out[..., :width].transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, keep_weighted_attention)
@@ -90,9 +93,10 @@ def block_estimates(
     n_special = len(cells.wrapping)
     lengths = np.array([len(genes) + n_special for genes in genes_of_cell])
     for chosen in batches_by_length(lengths, measure.max_tokens):
-        cell = _Differentiable(cells, [genes_of_cell[i] for i in chosen], measure)
-        numbers = [block[i] for i in chosen]
-        estimates = cell.shifts(measure.states_sd) if n_states else cell.cosine_similarities(numbers)
+        with torch.inference_mode(False), torch.enable_grad():
+            cell = _Differentiable(cells, [genes_of_cell[i] for i in chosen], measure)
+            numbers = [block[i] for i in chosen]
+            estimates = cell.shifts(measure.states_sd) if n_states else cell.cosine_similarities(numbers)
         for of_cell, i in zip(estimates.cpu().numpy(), chosen, strict=True):
             # Genes follow <cls>, where there is one.
             tokens = [p.positions[0] + bool(n_special) for p in planned[i]]
@@ -110,7 +114,6 @@ class _Differentiable:
     x         (n, t, d) hidden states of the layer measured
     """
 
-    @torch.enable_grad()
     def __init__(self, cells: Cells, genes_of_cell: Sequence[np.ndarray], measure: Measure):
         encoder, self.pooling = measure.encoder, measure.pooling
         self.device = next(encoder.parameters()).device
@@ -134,7 +137,6 @@ class _Differentiable:
             x = encoder(inputs_embeds=self.embeds, num_layers=measure.n_layers, log_keep=self.log_keep)
         self.x = x.last_hidden_state.float()
 
-    @torch.enable_grad()
     def shifts(self, states_sd: Any) -> torch.Tensor:
         """(n, t, states) change of the cosine similarity to each state when each token is deleted."""
         states = torch.as_tensor(states_sd, device=self.device, dtype=self.x.dtype)
@@ -146,7 +148,6 @@ class _Differentiable:
         to_state = cosine_similarity(pooled.unsqueeze(1), states.unsqueeze(0), dim=-1)
         return torch.stack([self._changes(to_state[:, s].sum()) for s in range(len(states))], dim=-1)
 
-    @torch.enable_grad()
     def cosine_similarities(self, seeds: Sequence[int]) -> torch.Tensor:
         """(n, t) cosine similarity before and after when each token is deleted.
 
@@ -174,7 +175,9 @@ class _Differentiable:
 
     def _changes(self, scalar: torch.Tensor) -> torch.Tensor:
         """(n, t) change of a sum over cells when each token is deleted, to first order."""
-        by_keep, by_embeds = torch.autograd.grad(scalar, (self.log_keep, self.embeds), retain_graph=True)
+        by_keep, by_embeds = torch.autograd.grad(
+            scalar, (self.log_keep, self.embeds), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         of_move = (by_embeds.float() * self.step_td).sum(dim=-1)
         behind = of_move.flip(1).cumsum(dim=1).flip(1) - of_move
         return behind - by_keep

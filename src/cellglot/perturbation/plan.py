@@ -24,6 +24,11 @@ logger = logging.getLogger(__name__)
 # Tokens of edited cells in a part, about: what a killed run loses at the most, unless one cell has more
 PART_TOKENS = 2_000_000
 
+_NOT_BY_GRADIENT = (
+    "method='gradient' estimates effects on cells of deletions of several genes, one at a time, found {}. "
+    "Use method='exact'."
+)
+
 
 def plan_run(
     source: Any,
@@ -74,7 +79,15 @@ def plan_run(
     if max_cells is not None and max_cells < len(chosen):
         report.n_cells_not_sampled = len(chosen) - max_cells
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, max_cells, replace=False))
-    _warn_of_absent(cells, chosen, perturbation, tokenizer)
+    absent = _absent_groups(cells, chosen, perturbation)
+    if method == "gradient" and perturbation.groups is not None and len(perturbation.groups) - len(absent) == 1:
+        raise ValueError(_NOT_BY_GRADIENT.format("one gene that the cells hold"))
+    if absent:
+        logger.warning(
+            f"{len(absent):,} of the {len(perturbation.groups or ()):,} genes or groups are in none of the "
+            f"{len(chosen):,} cells to perturb: "
+            f"{examples([JOINER.join(gene_names(group, tokenizer)) for group in absent])}."
+        )
     parts = _parts(cells, chosen, perturbation, part_tokens, report)
     if not parts:
         raise ValueError(f"Nothing to perturb: {report}.")
@@ -144,10 +157,7 @@ def _check_method(method: str, perturbation: Perturbation, effect: str) -> None:
         "one gene": perturbation.groups is not None and len(perturbation.groups) == 1,
     }
     if any(found.values()):
-        raise ValueError(
-            "method='gradient' estimates effects on cells of deletions of several genes, one at a time, found "
-            f"{' and '.join(what for what, is_so in found.items() if is_so)}. Use method='exact'."
-        )
+        raise ValueError(_NOT_BY_GRADIENT.format(" and ".join(what for what, is_so in found.items() if is_so)))
 
 
 def _eligible(
@@ -184,22 +194,18 @@ def _eligible(
     return np.array(chosen, dtype=np.int64)
 
 
-def _warn_of_absent(cells: Cells, chosen: np.ndarray, perturbation: Perturbation, tokenizer: Any) -> None:
-    """Names the listed genes and groups that none of the chosen cells holds, and that so have no row."""
+def _absent_groups(cells: Cells, chosen: np.ndarray, perturbation: Perturbation) -> list[tuple[int, ...]]:
+    """The listed genes and groups that none of the chosen cells holds, and that so have no row."""
     groups = perturbation.groups
     if groups is None or perturbation.kind == "overexpress":
-        return
+        return []
     absent = set(groups)
     for cell in chosen.tolist():
         held = set(cells.genes(cell).tolist())
         absent = {group for group in absent if not held.issuperset(group)}
         if not absent:
-            return
-    names = [JOINER.join(gene_names(group, tokenizer)) for group in groups if group in absent]
-    logger.warning(
-        f"{len(names):,} of the {len(groups):,} genes or groups are in none of the {len(chosen):,} cells to perturb: "
-        f"{examples(names)}."
-    )
+            break
+    return [group for group in groups if group in absent]
 
 
 def _parts(

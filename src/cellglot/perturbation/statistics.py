@@ -178,25 +178,29 @@ def mean_effects(effects: pd.DataFrame | str | Path) -> pd.DataFrame:
              gene, and affected where effects on genes were measured
              n_cells, mean, sd  of the cosine similarity; sd is of the population (divides by n), as in the original
              shift_to_<state>   mean shift, where shifts were measured
+             Where shifts alone were (method="gradient" with states), mean and sd are NaN, and rows are by rising shift
+             to the goal.
     """
     if isinstance(effects, str | Path):
         from .streamed_means import mean_effects_of_folder
 
         return mean_effects_of_folder(Path(effects))
-    _check(effects, ["cosine_similarity"])
     by = ["gene", "affected"] if "affected" in effects else ["gene"]
     shifts = [str(name) for name in effects if str(name).startswith("shift_to_")]
+    only_shifts = bool(shifts) and "cosine_similarity" in effects and bool(effects["cosine_similarity"].isna().all())
+    measured, first = (shifts[0], shifts[0]) if only_shifts else ("cosine_similarity", "mean")
+    _check(effects, [measured])
     groups = effects.astype(dict.fromkeys(["cosine_similarity", *shifts], np.float64)).groupby(by, sort=False)
-    similarity = groups["cosine_similarity"]
+    similarity, n_cells = groups["cosine_similarity"], groups[measured].count()
     table = pd.concat(
-        [similarity.count(), similarity.mean(), similarity.std(ddof=0), *(groups[name].mean() for name in shifts)],
+        [n_cells, similarity.mean(), similarity.std(ddof=0), *(groups[name].mean() for name in shifts)],
         axis="columns",
         keys=["n_cells", "mean", "sd", *shifts],
     ).reset_index()
     if "affected" in table:
-        table = table.assign(on_gene=table["affected"] != CELL).sort_values(["on_gene", "mean"], kind="stable")
+        table = table.assign(on_gene=table["affected"] != CELL).sort_values(["on_gene", first], kind="stable")
         return table.drop(columns="on_gene").reset_index(drop=True)
-    return table.sort_values("mean", kind="stable").reset_index(drop=True)
+    return table.sort_values(first, kind="stable").reset_index(drop=True)
 
 
 def combination_effects(
