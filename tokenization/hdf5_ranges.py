@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from .ordered_map import MAX_THREADS
+
 InflateError: Any
 try:
     from isal.igzip_lib import IsalError as InflateError
@@ -22,8 +24,8 @@ except ImportError:
 
 # Filters that are undone here; the identifiers are those of the HDF5 library (H5Zpublic.h).
 DEFLATE, SHUFFLE = 1, 2
-# Chunks kept for the range that goes on where one ended: one end and one beginning for each of two threads.
-CHUNKS_KEPT = 4
+# Chunks kept for the range that goes on where one ended: one end and one beginning for each thread.
+CHUNKS_KEPT = 2 * MAX_THREADS
 
 
 def range_reader(dataset: Any) -> Callable[[int, int], np.ndarray]:

@@ -27,9 +27,15 @@ def token_batch(block: EncodedBlock, obs: Mapping[str, Any], *, drop_empty: bool
 
     obs         Arrow arrays over all cells of the file
     drop_empty  leaves out cells without tokens
+    Raises      ValueError for more tokens than the 32-bit offsets of a list column can tell apart
     """
     import pyarrow as pa
 
+    if block.offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"A block of {len(block.rows):,} cells has {block.offsets[-1]:,} tokens, but one of Arrow's lists holds "
+            f"{np.iinfo(np.int32).max:,} at the most. Lower cells_per_block."
+        )
     lengths = np.diff(block.offsets).astype(np.int32)
     columns = {
         "input_ids": pa.ListArray.from_arrays(pa.array(block.offsets.astype(np.int32)), pa.array(block.tokens)),

@@ -1,12 +1,13 @@
 """Training cells that are encoded from their count files while the model trains, in place of tokens on disk.
 
 Files are read in blocks of neighbouring cells, the only way that is fast in a compressed file. An epoch takes the
-blocks in random order and mixes the cells of `WINDOW` blocks at any time (see `EpochPlan`), so that each process reads
-each block once an epoch.
+blocks in random order and mixes the cells of `WINDOW` blocks at any time (see `EpochPlan`), so that a process reads
+each block about once an epoch. Every process does, of a data loader or of a distributed run, whichever cells it takes.
 """
 
 import contextlib
 import dataclasses
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,16 +71,21 @@ class OnTheFlyCells:
     ):
         self.tokenizer, self.sources = tokenizer, list(sources)
         rows, lengths = zip(*(np.load(file, allow_pickle=False) for file in files), strict=True)
-        self.source_of_example = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+        n_examples = [len(r) for r in rows]
+        self.first_example = np.concatenate([[0], np.cumsum(n_examples)])
         self.row_of_example, self.lengths = np.concatenate(rows), np.concatenate(lengths)
         # Blocks numbered through all files
         n_blocks = [int(r[-1]) // CELLS_PER_BLOCK + 1 if len(r) else 0 for r in rows]
         self.first_block = np.concatenate([[0], np.cumsum(n_blocks)])
-        self.block_of_example = self.row_of_example // CELLS_PER_BLOCK + self.first_block[self.source_of_example]
-        # Those whose cells an epoch mixes, and those that sorting by length brings in besides
-        self.n_kept = 2 * WINDOW + -(-MEGABATCH_STEPS * batch_size // CELLS_PER_BLOCK)
+        self.block_of_example = self.row_of_example // CELLS_PER_BLOCK + np.repeat(self.first_block[:-1], n_examples)
+        # Those whose cells an epoch mixes, and those that sorting by length brings in besides: more where files are
+        # small or few of their cells train.
+        n_filled = len(np.unique(self.block_of_example))
+        self.n_kept = 2 * WINDOW + -(-MEGABATCH_STEPS * batch_size * n_filled // max(len(self.lengths), 1))
+        # Blocks that no example was taken of yet, in the order of their turns
+        self._ahead: dict[int, None] = {}
         self._kept: OrderedDict[int, dict[int, np.ndarray]] = OrderedDict()
-        self._opened: OrderedDict[int, tuple[Any, Any, contextlib.ExitStack]] = OrderedDict()
+        self._opened: OrderedDict[int, tuple[Any, np.ndarray, Any, contextlib.ExitStack]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -88,16 +94,26 @@ class OnTheFlyCells:
         """The column "length", or the example of a position."""
         return self.lengths if key == "length" else self.__getitems__([key])[0]
 
+    def follow(self, order: np.ndarray) -> None:
+        """Announces examples in the order they will be taken in, so that every thread has a block to read."""
+        blocks, first = np.unique(self.block_of_example[order], return_index=True)
+        self._ahead = dict.fromkeys(blocks[np.argsort(first)].tolist())
+
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         blocks = self.block_of_example[indices].tolist()
         for block in blocks:
             if block in self._kept:
                 self._kept.move_to_end(block)
         missing = sorted(set(blocks) - set(self._kept))
+        for block in blocks:
+            self._ahead.pop(block, None)
+        # Mostly one block is missing, which is work for one thread: the next ones are read beside it.
+        coming = (block for block in self._ahead if block not in self._kept)
+        missing += itertools.islice(coming, -len(missing) % available_threads())
         for start in range(0, len(missing), OPEN_FILES):
             part = missing[start : start + OPEN_FILES]
             jobs = [(block, *self._open(self._source(block))) for block in part]
-            threads = available_threads() if all(matrix.concurrent for _, matrix, _ in jobs) else 1
+            threads = available_threads() if all(matrix.concurrent for _, matrix, *_ in jobs) else 1
             for block, cells in zip(part, ordered_map(self._encoded, jobs, threads=threads), strict=True):
                 self._kept[block] = cells
         found = [
@@ -123,11 +139,11 @@ class OnTheFlyCells:
     def _source(self, block: int) -> int:
         return int(np.searchsorted(self.first_block, block, side="right")) - 1
 
-    def _open(self, source: int) -> tuple[Any, Any]:
-        """(matrix, block encoder) of a file."""
+    def _open(self, source: int) -> tuple[Any, np.ndarray, Any]:
+        """(matrix, mask of the cells that train, block encoder) of a file."""
         if source not in self._opened:
             while len(self._opened) >= OPEN_FILES:
-                self._opened.popitem(last=False)[1][2].close()
+                self._opened.popitem(last=False)[1][-1].close()
             adata_or_path, options = self.sources[source]
             stack = contextlib.ExitStack()
             matrix = stack.enter_context(open_counts(adata_or_path, layer=options.get("layer")))
@@ -135,14 +151,17 @@ class OnTheFlyCells:
             # Names and annotations of millions of cells are not needed, only the totals of their counts.
             totals = [name for name in ("n_counts",) if name in matrix.obs]
             matrix = dataclasses.replace(matrix, obs=matrix.obs[totals].reset_index(drop=True))
-            self._opened[source] = matrix, self.tokenizer.block_encoder(matrix, match), stack
+            cells = np.zeros(matrix.n_cells, dtype=bool)
+            cells[self.row_of_example[self.first_example[source] : self.first_example[source + 1]]] = True
+            self._opened[source] = matrix, cells, self.tokenizer.block_encoder(matrix, match), stack
         self._opened.move_to_end(source)
-        return self._opened[source][:2]
+        matrix, cells, encode, _ = self._opened[source]
+        return matrix, cells, encode
 
-    def _encoded(self, job: tuple[int, Any, Any]) -> dict[int, np.ndarray]:
-        """Row in its file -> tokens, of the cells of a block."""
-        block, matrix, encode = job
+    def _encoded(self, job: tuple[int, Any, np.ndarray, Any]) -> dict[int, np.ndarray]:
+        """Row in its file -> tokens, of the cells of a block that train."""
+        block, matrix, wanted, encode = job
         start = (block - int(self.first_block[self._source(block)])) * CELLS_PER_BLOCK
-        encoded = encode(*matrix.read_block(start, min(start + CELLS_PER_BLOCK, matrix.n_cells)))
+        encoded = encode(*matrix.read_block(start, min(start + CELLS_PER_BLOCK, matrix.n_cells), wanted))
         cells = np.split(encoded.tokens, encoded.offsets[1:-1])
         return dict(zip(encoded.rows.tolist(), cells, strict=True))

@@ -43,7 +43,8 @@ class PretrainConfig(LoopConfig):
     validation_fraction: float = option(0.15, "share of the cells held out")
     max_validation_cells: int = option(5_000, "held-out cells that the validation loss is measured on, at the most")
     on_the_fly: bool = option(
-        False, "encodes training cells anew in every epoch, in place of tokens on disk; with --num_workers 1 beside it"
+        False,
+        "encodes training cells anew in each epoch, in place of tokens on disk; --num_workers 1: beside training",
     )
     split_by: str | None = option(None, "column of obs whose groups are held out whole, e.g. donor; absent: by cell")
     cell_type: str | None = option(
@@ -74,6 +75,11 @@ class PretrainConfig(LoopConfig):
             raise ValueError(f"max_validation_cells must be positive, found {self.max_validation_cells}.")
         if not 0 < self.validation_fraction < 1 or not 0 < self.mask_probability < 1:
             raise ValueError("validation_fraction and mask_probability must lie between 0 and 1.")
+        if self.on_the_fly and self.num_workers > 1:
+            raise ValueError(
+                f"on_the_fly takes num_workers 0 or 1, found {self.num_workers}: every worker would read and encode "
+                "all blocks of cells. Pass --num_workers 1; it encodes in threads."
+            )
         try:
             model_config(self, vocab_size=10, max_length=10)
         except StrictDataclassError as error:

@@ -41,6 +41,8 @@ def batches_of_steps(
             n_processes=accelerator.num_processes,
             blocks=getattr(examples, "block_of_example", None),
         )
+        if hasattr(examples, "follow"):
+            examples.follow(plan.order[position * config.batch_size :])
         shards = _StepBatches(examples, collate, plan, (config.seed, epoch), accelerator.process_index)
         yield from DataLoader(
             shards,

@@ -136,3 +136,32 @@ def test_dropout_of_a_run_that_goes_on_is_the_same():
         assert_close(a, b)
     model.eval()
     assert torch.equal(loss(), loss())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_packed_cells_in_half_precision_on_a_gpu(attention, dropout):
+    config = GeneformerConfig(
+        vocab_size=101,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        attention_probs_dropout_prob=dropout,
+        hidden_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    model = GeneformerForMaskedLM(config).train()
+    ids = torch.randint(2, 101, (1, 500))
+    labels = torch.where(torch.rand(1, 500) < 0.15, ids, -100)
+    offsets = torch.tensor([0, 203, 290, 500])
+    expected = model(ids, labels=labels, cu_seqlens=offsets).loss.item()
+    model.set_attn_implementation(attention)
+    model.to("cuda")  # pyright: ignore[reportArgumentType]
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(ids.cuda(), labels=labels.cuda(), cu_seqlens=offsets.cuda()).loss
+    loss.backward()
+    # bfloat16 has 8 bits; dropout is drawn anew
+    assert loss.item() == pytest.approx(expected, rel=2e-2)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -311,6 +311,8 @@ def test_losses_in_half_precision_are_summed_in_float32(n):
 
 def test_a_wrapped_decoder_is_asked_for_its_logits():
     class Adapted(torch.nn.Linear):
+        adapter: torch.nn.Parameter
+
         def forward(self, input):
             return super().forward(input) + self.adapter * input.sum(dim=-1, keepdim=True)
 
@@ -323,6 +325,7 @@ def test_a_wrapped_decoder_is_asked_for_its_logits():
     found = model.train()(ids, mask, labels).loss
     assert_close(found, expected)
     found.backward()
+    assert decoder.adapter.grad is not None
     assert decoder.adapter.grad.abs().sum() > 0
 
 

@@ -81,6 +81,67 @@ def test_an_epoch_reads_each_block_once_and_keeps_few(corpus, tmp_path, monkeypa
     assert len(read) <= len(set(cells.block_of_example.tolist())) + 1
 
 
+@pytest.mark.parametrize("sparse_files", [False, True], ids=["small files", "few cells of a file train"])
+def test_blocks_that_are_not_full_are_read_once_an_epoch_too(sparse_files, tmp_path, monkeypatch):
+    for module in ("batches", "on_the_fly"):
+        monkeypatch.setattr(f"cellglot.train.{module}.WINDOW", 2)
+        monkeypatch.setattr(f"cellglot.train.{module}.MEGABATCH_STEPS", 4)
+    tokenizer, sources, measured = make_tokenizer(31), [], []
+    for i in range(41):
+        adata = synthetic_cells(23 if sparse_files else 7, 31, seed=i, density=0.9)
+        mask = np.arange(adata.n_obs) % 3 == 0 if sparse_files else np.ones(7, dtype=bool)
+        sources.append((adata, {}))
+        measured.append(tmp_path / f"train-{i}.npy")
+        measure_lengths(tokenizer, adata, mask, measured[-1])
+    cells = OnTheFlyCells(tokenizer, sources, measured, batch_size=16)
+    read = []
+    encoded = OnTheFlyCells._encoded
+    monkeypatch.setattr(OnTheFlyCells, "_encoded", lambda self, job: read.append(job[0]) or encoded(self, job))
+    plan = EpochPlan(cells.lengths, batch_size=16, max_tokens=10**6, blocks=cells.block_of_example)
+    cells.follow(plan.order)
+    for step in range(len(plan)):
+        for micro in plan.step(step)[0]:
+            cells.__getitems__(list(micro.examples))
+    # Not all blocks were kept, and few whose cells lie far apart in the order were read again.
+    assert cells.n_kept < 20
+    assert set(read) == set(range(41))
+    assert len(read) <= 45
+
+
+def test_blocks_are_read_before_their_turn_a_block_for_each_thread(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_the_fly, "available_threads", lambda: 3)
+    cells = on_the_fly_cells(corpus, tmp_path)
+    calls = []
+    ordered_map = on_the_fly.ordered_map
+
+    def counted(function, jobs, threads):
+        calls.append([block for block, *_ in jobs])
+        return ordered_map(function, jobs, threads=threads)
+
+    monkeypatch.setattr(on_the_fly, "ordered_map", counted)
+    # Backwards, and from the middle of an epoch on
+    order = np.arange(len(cells))[::-1][4:]
+    cells.follow(order)
+    found = [cells[i]["input_ids"].tolist() for i in order.tolist()]
+    expected = stored_tokens(corpus)
+    assert found == [expected[i] for i in order]
+    turns = list(dict.fromkeys(cells.block_of_example[order].tolist()))
+    assert calls == [turns[k : k + 3] for k in range(0, len(turns), 3)]
+
+
+def test_cells_that_do_not_train_are_not_encoded(corpus, tmp_path):
+    _, files, masks = corpus
+    adata = ad.read_h5ad(files[0])
+    left_out, failed = np.flatnonzero(~masks[0])[0], np.flatnonzero(masks[0])[-1]
+    counts = adata.to_df().to_numpy().copy()
+    counts[[left_out, failed], 0] = 0.5
+    adata.X = sp.csr_matrix(counts)
+    adata.obs["filter_pass"] = (np.arange(adata.n_obs) != failed).astype(int)
+    adata.write_h5ad(files[0])
+    cells, expected = on_the_fly_cells(corpus, tmp_path), stored_tokens(corpus)
+    assert [row["input_ids"].tolist() for row in cells.__getitems__(list(range(len(cells))))] == expected
+
+
 def test_order_mixes_blocks_and_differs_between_epochs():
     blocks = np.repeat(np.arange(40), 8)
     orders = [
@@ -108,6 +169,11 @@ def test_counts_stored_by_gene_are_refused(corpus, tmp_path):
     with pytest.raises(ValueError, match="stored by gene"):
         measure_lengths(tokenizer, tmp_path / "csc.h5ad", masks[0], tmp_path / "x.npy")
     assert not (tmp_path / "x.npy").exists()
+
+
+def test_more_than_one_worker_is_refused():
+    with pytest.raises(ValueError, match="num_workers 0 or 1, found 2"):
+        pretrain.PretrainConfig(on_the_fly=True, num_workers=2)
 
 
 def test_training_reads_cells_alike_with_a_worker_and_after_an_interruption(tmp_path):
