@@ -184,7 +184,7 @@ def test_tasks_keep_their_classifiers_whatever_order_they_are_given_in(tmp_path)
 
 def test_a_packed_batch_with_an_empty_cell_is_refused():
     ids, _, _ = tiny_batch()
-    with pytest.raises(ValueError, match="no empty cells"):
+    with pytest.raises(ValueError, match="without empty cells"):
         cell_classifier("mean")(packed(ids), cu_seqlens=torch.tensor([0, 13, 13, sum(LENGTHS)]))
 
 
