@@ -8,17 +8,19 @@ back as expm1(raw) divided by each cell's smallest value, which is one count, ro
     python datasets_scripts/pbmc.py --output data/pbmc
 """
 
-import argparse
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import scipy.sparse as sp
 
-from cellglot.datasets_scripts.ragged_counts import RaggedCountsBuilder, ragged_features, ragged_rows
+from cellglot.datasets_scripts.corpus import CorpusBuilder, Part, command_line, row_parts
+from cellglot.datasets_scripts.ragged_counts import GENE_TABLE, ragged_features, ragged_table
 
 # Share of the cells held out, and the seed of the draw, which is stratified by cell type
 VALIDATION_FRACTION = 0.15
@@ -46,10 +48,14 @@ def recover_counts(log_values_ng: sp.csr_matrix | np.ndarray) -> sp.csr_matrix:
     return scaled.astype(np.float32)
 
 
-class PBMC(RaggedCountsBuilder):
+class PBMC(CorpusBuilder):
     """700 PBMCs, 765 genes, ten cell types; train and validation split by cell."""
 
     VERSION = datasets.Version("1.0.0")
+    # Inside scanpy
+    SOURCES = {"default": []}
+    CARD = {"license": "cc-by-4.0", "pretty_name": "700 PBMCs of Zheng et al. 2017", "tags": ["biology", "single-cell"]}
+    LABELS = ("cell_type",)
 
     def _info(self) -> datasets.DatasetInfo:
         obs = {
@@ -76,40 +82,29 @@ class PBMC(RaggedCountsBuilder):
             warnings.simplefilter("ignore")
             return scanpy.datasets.pbmc68k_reduced()
 
-    def gene_table(self) -> pd.DataFrame:
-        return pd.DataFrame({"gene_id": self._cells.raw.var_names.astype(str)})
-
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+    @cached_property
+    def _positions(self) -> dict[str, np.ndarray]:
         from sklearn.model_selection import train_test_split
 
-        cells = np.arange(self._cells.n_obs)
         train, validation = train_test_split(
-            cells, test_size=VALIDATION_FRACTION, random_state=SPLIT_SEED, stratify=self._cells.obs["bulk_labels"]
+            np.arange(self._cells.n_obs),
+            test_size=VALIDATION_FRACTION,
+            random_state=SPLIT_SEED,
+            stratify=self._cells.obs["bulk_labels"],
         )
-        return [
-            datasets.SplitGenerator(name=str(datasets.Split.TRAIN), gen_kwargs={"cells": np.sort(train)}),
-            datasets.SplitGenerator(name=str(datasets.Split.VALIDATION), gen_kwargs={"cells": np.sort(validation)}),
-        ]
+        return {"train": np.sort(train), "validation": np.sort(validation)}
 
-    def _generate_examples(self, cells: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:  # type: ignore[override]
-        obs = self._cells.obs.iloc[cells]
-        rows = ragged_rows(recover_counts(self._cells.raw.X[cells]))
-        columns = zip(rows, obs.index, obs["bulk_labels"], obs["n_counts"], strict=True)
-        for i, (row, name, cell_type, n_counts) in enumerate(columns):
-            yield i, {"cell_name": str(name), "cell_type": str(cell_type), "n_counts": float(n_counts), **row}
+    def splits(self, files: dict[str, Path]) -> dict[str, list[Part]]:
+        return {split: row_parts(split, len(cells)) for split, cells in self._positions.items()}
 
+    def tables(self, files: dict[str, Path], part: Part) -> Iterator[pa.Table]:
+        cells = self._positions[part.file]
+        obs = self._cells.obs.iloc[cells].rename(columns={"bulk_labels": "cell_type"})
+        yield ragged_table(recover_counts(self._cells.raw.X[cells]), obs[["cell_type", "n_counts"]])
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", help="folder for the Parquet files; the datasets cache if absent")
-    arguments = parser.parse_args()
-    builder = PBMC(cache_dir=None)
-    if arguments.output:
-        builder.download_and_prepare(output_dir=arguments.output, file_format="parquet")
-    else:
-        builder.prepare()
-    print(f"{builder.info.splits} in {builder._output_dir}")
+    def side_tables(self, files: dict[str, Path]) -> dict[str, pd.DataFrame]:
+        return {GENE_TABLE: pd.DataFrame({"gene_id": self._cells.raw.var_names.astype(str)})}
 
 
 if __name__ == "__main__":
-    main()
+    command_line(PBMC)

@@ -10,6 +10,8 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import scipy.sparse as sp
 
 GENE_TABLE = "genes.parquet"
@@ -21,34 +23,36 @@ def ragged_features(obs: dict[str, Any]) -> datasets.Features:
     return datasets.Features({"cell_name": datasets.Value("string"), **lists, **obs})
 
 
-class RaggedCountsBuilder(datasets.GeneratorBasedBuilder):
-    """Base of the corpus builders: a gene table beside the data, written and renamed together with it."""
+def ragged_columns(matrix_ng: sp.csr_matrix, index: str = "gene_index", value: str = "count") -> dict[str, pa.Array]:
+    """The non-zero values of a CSR matrix as two list columns, a row each, made without Python objects.
 
-    # The library sets it before it builds anything.
-    _output_dir: str
-
-    def gene_table(self) -> pd.DataFrame:
-        """(genes,) DataFrame with column gene_id, in the order of gene_index."""
-        raise NotImplementedError
-
-    def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
-        super()._download_and_prepare(*args, **kwargs)
-        # `_output_dir` is a temporary folder here; the library renames it when all of it is written.
-        self.gene_table().to_parquet(Path(self._output_dir) / GENE_TABLE, index=False)
-
-    def prepare(self) -> Path:
-        """Builds the corpus as Parquet unless it is there already; returns its folder."""
-        self.download_and_prepare(file_format="parquet")
-        return Path(self._output_dir)
+    index  name of the column of ascending int32 column numbers
+    value  name of the column of float32 values
+    """
+    if not matrix_ng.has_canonical_format or not np.all(matrix_ng.data):
+        matrix_ng = sp.csr_matrix(matrix_ng, copy=True)
+        matrix_ng.sum_duplicates()
+        matrix_ng.eliminate_zeros()
+    offsets = pa.array(matrix_ng.indptr.astype(np.int32, copy=False))
+    columns = {
+        index: matrix_ng.indices.astype(np.int32, copy=False),
+        value: matrix_ng.data.astype(np.float32, copy=False),
+    }
+    return {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in columns.items()}
 
 
-def ragged_rows(counts_ng: sp.csr_matrix) -> list[dict[str, np.ndarray]]:
-    """gene_index and count of each cell of a CSR matrix."""
-    counts = sp.csr_matrix(counts_ng, copy=True)
-    counts.eliminate_zeros()
-    counts.sort_indices()
-    cells = zip(counts.indptr[:-1], counts.indptr[1:], strict=True)
-    return [{"gene_index": counts.indices[a:b].astype(np.int32), "count": counts.data[a:b]} for a, b in cells]
+def ragged_table(counts_ng: sp.csr_matrix, obs: pd.DataFrame) -> pa.Table:
+    """Rows of the schema from a block of cells.
+
+    counts_ng  (cells, genes) CSR counts
+    obs        (cells,) its annotations; the index gives cell_name
+    Raises     ValueError if they are not of the same cells
+    """
+    if counts_ng.shape[0] != len(obs):
+        raise ValueError(f"Expected a row of obs for each of {counts_ng.shape[0]:,} cells, found {len(obs):,}.")
+    names = pa.array(obs.index.astype(str), type=pa.string())
+    columns = {str(name): pa.Array.from_pandas(column) for name, column in obs.items()}
+    return pa.table({"cell_name": names, **ragged_columns(counts_ng), **columns})
 
 
 def read_ragged(folder: Path | str, split: str) -> Any:
@@ -59,15 +63,17 @@ def read_ragged(folder: Path | str, split: str) -> Any:
     import anndata as ad
 
     folder = Path(folder)
-    files = sorted(folder.glob(f"*-{split}*.parquet"))
+    # The library's names: one file, or numbered ones
+    files = [*folder.glob(f"*-{split}.parquet"), *sorted(folder.glob(f"*-{split}-[0-9]*-of-[0-9]*.parquet"))]
     if not files or not (folder / GENE_TABLE).exists():
         raise FileNotFoundError(f"{folder} holds no prepared split {split!r} with a {GENE_TABLE}.")
     genes = pd.read_parquet(folder / GENE_TABLE)
-    table = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
-    lengths = table["gene_index"].map(len).to_numpy()
+    table = pa.concat_tables([pq.read_table(file) for file in files])
+    lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in table["gene_index"].chunks])
+    indices, data = (
+        np.concatenate([chunk.flatten().to_numpy() for chunk in table[name].chunks]) for name in ("gene_index", "count")
+    )
     indptr = np.concatenate([[0], np.cumsum(lengths)])
-    indices = np.concatenate([*table["gene_index"], np.empty(0, dtype=np.int32)])
-    data = np.concatenate([*table["count"], np.empty(0, dtype=np.float32)])
     counts = sp.csr_matrix((data, indices, indptr), shape=(len(table), len(genes)))
-    obs = table.drop(columns=["gene_index", "count"]).set_index("cell_name")
+    obs = table.drop_columns(["gene_index", "count"]).to_pandas().set_index("cell_name")
     return ad.AnnData(counts, obs=obs, var=genes.set_index("gene_id"))

@@ -122,18 +122,22 @@ class BlockEncoder:
 
 
 def encoded_blocks(
-    matrix: CountMatrix, cells: np.ndarray | None, cells_per_block: int, encoder: BlockEncoder
+    matrix: CountMatrix,
+    cells: np.ndarray | None,
+    cells_per_block: int,
+    encoder: BlockEncoder,
+    threads: int | None = None,
 ) -> Generator[EncodedBlock]:
     """Encoded blocks of the matrix in file order, of all cells or of those marked in a boolean mask.
 
-    A compiled encoder reads and encodes as many blocks at once as there are threads, and one waits to be taken. Close
-    the iterator before the file.
+    A compiled encoder reads and encodes as many blocks at once as there are threads (None: as many as are worth
+    starting), and one waits to be taken. Close the iterator before the file.
     """
     if not encoder.compiled:
         for rows, counts in matrix.blocks(cells, cells_per_block):
             yield encoder(rows, counts)
         return
-    threads = available_threads()
+    threads = threads or available_threads()
     if matrix.concurrent:
         ranges = matrix.block_ranges(cells, cells_per_block)
         yield from ordered_map(lambda span: encoder(*matrix.read_block(*span, cells)), ranges, threads=threads)

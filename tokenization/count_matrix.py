@@ -20,7 +20,7 @@ from .gene_ids import GENE_ID_COLUMNS
 from .hdf5_ranges import range_reader
 
 CELLS_PER_BLOCK = 512
-# Non-zeros of a CSC file gathered per pass: 12 bytes each, so about 400 MB at the most.
+# Non-zeros of a CSC file gathered per pass: 8 bytes each, so about 256 MB.
 CSC_VALUES_PER_PASS = 32_000_000
 
 
@@ -317,7 +317,7 @@ class _CSCRows:
     ones a few, and memory stays bounded.
     """
 
-    values_per_read = 4_000_000
+    values_per_read = 2_000_000
 
     def __init__(
         self, data: Any, indices: Any, indptr: Any, shape: tuple[int, ...], values_per_pass: int = CSC_VALUES_PER_PASS
@@ -342,17 +342,27 @@ class _CSCRows:
         before = self._values_before_n
         end = int(np.searchsorted(before, before[start] + self.values_per_pass, side="right")) - 1
         end = min(max(end, stop), self.shape[0])
+        # The rows before are not kept beside these.
+        self._start, self._rows = start, sp.csr_matrix((0, self.shape[1]))
+        row_starts = before[start : end + 1] - before[start]
+        values, genes = np.empty(row_starts[-1], self.data.dtype), np.empty(row_starts[-1], np.int32)
+        free = row_starts[:-1].copy()
         indptr = self.indptr[:].astype(np.int64)
-        parts = []
         for first in range(0, len(self.indices), self.values_per_read):
             last = min(first + self.values_per_read, len(self.indices))
             cells = self.indices[first:last]
             inside = np.flatnonzero((cells >= start) & (cells < end))
-            genes = np.searchsorted(indptr, first + inside, side="right") - 1
-            parts.append((self.data[first:last][inside], cells[inside] - start, genes))
-        values, rows, columns = (np.concatenate(part) for part in zip(*parts, strict=True)) if parts else ([], [], [])
-        self._start = start
-        self._rows = sp.csr_matrix((values, (rows, columns)), shape=(end - start, self.shape[1]))
+            # By cell, its genes in their order: the k-th of a run goes k places behind the cell's first free one.
+            rows = cells[inside].astype(np.int64) - start
+            order = np.argsort(rows, kind="stable")
+            rows, inside = rows[order], inside[order]
+            runs = np.flatnonzero(np.diff(rows, prepend=-1))
+            lengths = np.diff(runs, append=len(rows))
+            places = free[rows] + np.arange(len(rows)) - np.repeat(runs, lengths)
+            values[places] = self.data[first:last][inside]
+            genes[places] = np.searchsorted(indptr, first + inside, side="right") - 1
+            free[rows[runs]] += lengths
+        self._rows = sp.csr_matrix((values, genes, row_starts), shape=(end - start, self.shape[1]))
 
 
 def _from_loom(file: Any, layer: str | None) -> CountMatrix:

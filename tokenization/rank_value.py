@@ -284,6 +284,7 @@ class RankValueTokenizer(TokenizersBackend):
         allow_normalized: bool = False,
         allow_duplicate_names: bool = False,
         cells_per_block: int = CELLS_PER_BLOCK,
+        threads: int | None = None,
         report: TokenizationReport | None = None,
     ) -> Iterator[Any]:
         """Arrow record batches of encoded cells, a block of cells at a time.
@@ -293,11 +294,12 @@ class RankValueTokenizer(TokenizersBackend):
         empty_cells         cells without a gene of the vocabulary: kept with length 0, dropped, or an error
         min_matched_counts  least share of the counts that must fall on the vocabulary, over the cells so far
         allow_normalized    goes on with values that are no integers
+        threads             that read and encode; None: one a core, up to four
         Raises              ValueError for what cannot be raw counts of these genes (see `check_counts`), OSError for
                             files that cannot be read
         """
         report = report if report is not None else TokenizationReport()
-        max_length = self._checked_max_length(max_length)
+        max_length = self.checked_max_length(max_length)
         with open_counts(adata_or_path, layer=layer) as matrix:
             self._check_annotations(matrix, obs_columns, allow_duplicate_names)
             mask = matrix.passing_cells(cells)
@@ -306,7 +308,7 @@ class RankValueTokenizer(TokenizersBackend):
             report.add_genes(match)
             encoder = self.block_encoder(matrix, match, mask, max_length=max_length, allow_normalized=allow_normalized)
             obs = {name: obs_column(matrix.obs[name]) for name in obs_columns}
-            with contextlib.closing(encoded_blocks(matrix, mask, cells_per_block, encoder)) as blocks:
+            with contextlib.closing(encoded_blocks(matrix, mask, cells_per_block, encoder, threads)) as blocks:
                 for block in blocks:
                     self._check_matched_counts(matrix, match, block, min_matched_counts, report)
                     self._check_empty_cells(matrix, block, empty_cells, report)
@@ -337,13 +339,17 @@ class RankValueTokenizer(TokenizersBackend):
             match.index_g,
             medians,
             token_ids,
-            max_length=self._checked_max_length(max_length),
+            max_length=self.checked_max_length(max_length),
             special=special,
             n_cells=matrix.n_cells if cells is None else int(cells.sum()),
             allow_normalized=allow_normalized,
         )
 
-    def _checked_max_length(self, max_length: int | None) -> int:
+    def checked_max_length(self, max_length: int | None) -> int:
+        """The tokens of a cell at the most, the tokenizer's own limit for None.
+
+        Raises  ValueError for more than that, or for none beside the special tokens
+        """
         n_special = 2 if self.layout == "v2" else 0
         max_length = self.model_max_length if max_length is None else max_length
         if not n_special < max_length <= self.model_max_length:

@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 
 from cellglot.datasets_scripts.pbmc import PBMC
 from cellglot.datasets_scripts.ragged_counts import read_ragged
@@ -247,7 +248,13 @@ def _split_tokens(config: Any, folder: Path) -> None:
     tokens = datasets.concatenate_datasets(
         [datasets.Dataset.from_parquet(str(file)) for file in token_files(Path(config.data))]  # type: ignore[misc]
     )
-    lengths = np.array([len(ids) for ids in tokens["input_ids"]])
+    parts, highest = [np.empty(0, np.int64)], 0
+    batch: Any
+    for batch in tokens.with_format("arrow").iter(batch_size=10_000):
+        parts.append(pc.call_function("list_value_length", [batch["input_ids"]]).to_numpy())
+        ids = pc.call_function("list_flatten", [batch["input_ids"]])
+        highest = max(highest, pc.call_function("max", [ids]).as_py() or 0)
+    lengths = np.concatenate(parts)
     tokens = tokens.select_columns(["input_ids"]).add_column("length", lengths)  # type: ignore[call-arg]
     tokens = tokens.select(np.flatnonzero(lengths))
     if lengths.max(initial=0) > tokenizer.model_max_length:
@@ -255,7 +262,6 @@ def _split_tokens(config: Any, folder: Path) -> None:
             f"{config.data} has cells of up to {lengths.max():,} tokens, the tokenizer's limit is "
             f"{tokenizer.model_max_length:,}: raise max_length, or encode the cells anew."
         )
-    highest = max((int(np.max(ids)) for ids in tokens.with_format("numpy")["input_ids"]), default=0)
     if highest >= len(tokenizer):
         raise ValueError(
             f"{config.data} has token id {highest:,}, but the vocabulary has {len(tokenizer):,} tokens: it is another "

@@ -9,9 +9,7 @@ import scipy.sparse as sp
 from datasets import load_dataset
 
 from cellglot.datasets_scripts.pbmc import PBMC, recover_counts
-from cellglot.datasets_scripts.ragged_counts import ragged_rows, read_ragged
-
-from ..conftest import synthetic_cells
+from cellglot.datasets_scripts.ragged_counts import read_ragged
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +57,12 @@ def test_the_script_writes_its_output(tmp_path):
 
     script = ROOT / "datasets_scripts" / "pbmc.py"
     subprocess.run([sys.executable, script, "--output", tmp_path / "pbmc"], check=True, capture_output=True)
-    assert read_ragged(tmp_path / "pbmc", "validation").n_obs == 105
+    assert read_ragged(tmp_path / "pbmc" / "default", "validation").n_obs == 105
 
 
 def test_values_that_are_no_scaled_counts_are_refused():
     with pytest.raises(ValueError, match=r"multiples of each cell's smallest value, found one that is 0\.50 off"):
         recover_counts(sp.csr_matrix(np.log1p([[0.0, 2.0, 3.0, 4.0]])))
-
-
-def test_ragged_rows_hold_a_cell_s_counts():
-    counts = synthetic_cells(5, 7).X
-    for row, cell in zip(ragged_rows(counts), counts.toarray(), strict=True):
-        assert (np.diff(row["gene_index"]) > 0).all()
-        assert row["gene_index"].dtype == np.int32
-        np.testing.assert_array_equal(row["count"], cell[cell > 0])
 
 
 def test_a_folder_without_a_split_is_refused(tmp_path):

@@ -49,6 +49,18 @@ def test_sketch_stays_within_its_stated_error(counts, error):
         assert median == pytest.approx(expected[gene], rel=error * (1 + 1e-9))
 
 
+@pytest.mark.parametrize("limit", [10**6, 10])
+def test_saved_is_loaded_and_goes_on(tmp_path, limit):
+    rng = np.random.default_rng(1)
+    blocks = [rng.poisson(1.0, size=(41, 7)), rng.poisson(2.0, size=(31, 11))]
+    accumulate(blocks[:1], max_exact_values=limit).save(tmp_path / "part")
+    loaded = NonzeroMedians.load(tmp_path / "part")
+    loaded.merge(accumulate(blocks[1:], max_exact_values=limit))
+    whole = accumulate(blocks, max_exact_values=limit)
+    assert loaded.medians() == whole.medians()
+    assert (loaded.relative_error, loaded.n_cells) == (whole.relative_error, 72)
+
+
 @pytest.mark.parametrize("limits", [(10**6, 10**6), (10, 10**6), (10**6, 10), (10, 10)])
 def test_merging_equals_one_pass(limits):
     rng = np.random.default_rng(0)
@@ -110,7 +122,7 @@ def test_cells_that_failed_a_filter_do_not_count():
 def test_nothing_to_learn_from():
     adata = synthetic_cells(4, 3)
     adata.X = sp.csr_matrix(adata.X.shape)
-    with pytest.raises(ValueError, match="No counts above zero in 1 source"):
+    with pytest.raises(ValueError, match="No counts above zero in 4 cells"):
         vocabulary_from_corpus([adata], special_tokens=SPECIAL_TOKENS["v1"], progress=False)
 
 
