@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,9 @@ class AnnDataFolder(CorpusBuilder):
             features=ragged_features({"source": datasets.Value("string")}),
             license="That of the files.",
             citation="That of the files.",
-            homepage="the folder they came from",
         )
 
+    @cached_property
     def _paths(self) -> dict[str, Path]:
         """Name of each source, relative to the folder that holds them all, and where it is."""
         given = self.config.inputs or ([self.config.data_dir] if self.config.data_dir else [])
@@ -109,10 +110,10 @@ class AnnDataFolder(CorpusBuilder):
         return {path.relative_to(folder).as_posix(): path for path in paths}
 
     def sources(self) -> list[Source]:
-        return [Source(name) for name in self._paths()]
+        return [Source(name) for name in self._paths]
 
     def _find(self, source: Source, dl_manager: Any) -> Path:
-        return self._paths()[source.file_name]
+        return self._paths[source.file_name]
 
     def _refuse_other_contents(self, folder: Path) -> None:
         super()._refuse_other_contents(folder)
@@ -120,7 +121,7 @@ class AnnDataFolder(CorpusBuilder):
             return
         found = datasets.DatasetInfo.from_directory(str(folder))
         recorded = {name: size["num_bytes"] for name, size in (found.download_checksums or {}).items()}
-        present = {name: n_bytes(path) for name, path in self._paths().items()}
+        present = {name: n_bytes(path) for name, path in self._paths.items()}
         if (recorded, found.description) != (present, self._info().description):
             raise CorpusError(
                 f"{folder} holds the cells of other files or of other options ({len(recorded):,} files; "

@@ -13,11 +13,11 @@ A corpus says where its files are, into which parts they divide, and what tables
             return datasets.DatasetInfo(features=features, description=..., license=..., citation=..., homepage=...)
 
         def splits(self, files):
-            with open_counts(files["l5_all.loom"]) as counts:
+            with source_counts(files["l5_all.loom"]) as counts:
                 return {"train": row_parts("l5_all.loom", counts.n_cells)}
 
         def tables(self, files, part):
-            with open_counts(files[part.file]) as counts:
+            with source_counts(files[part.file]) as counts:
                 require_columns(counts.obs, ["Class"], files[part.file])
                 for start, stop in part.blocks():
                     yield ragged_table(counts.read_block(start, stop)[1], counts.obs.iloc[start:stop])
@@ -44,7 +44,8 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar
@@ -152,6 +153,11 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
         super().__init__(*args, **{"dataset_name": name, "config_name": self.configs()[0], **kwargs})
         self.name = self.info.builder_name = name
         self._downloads: dict[str, Path] = {}
+
+    def _create_builder_config(self, *args: Any, **kwargs: Any) -> tuple[datasets.BuilderConfig, str]:
+        config, config_id = super()._create_builder_config(*args, **kwargs)
+        # The library gives it to configs that it makes itself; those of BUILDER_CONFIGS would be of version 0.0.0.
+        return replace(config, version=self.VERSION), config_id
 
     @classmethod
     def configs(cls) -> list[str]:
@@ -351,6 +357,11 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
             except OSError as error:
                 # Here, since the library turns every OSError of a split into "Cannot find data file".
                 raise self._explained(error, folder) from error
+            except BrokenProcessPool as error:
+                raise CorpusError(
+                    "A process that built parts was killed, most often for want of memory. Run the same command again "
+                    "with a smaller --num-proc: it continues with what is done."
+                ) from error
         written = [pq.read_metadata(shard) for shard in shards]
         info = split_generator.split_info
         info.shard_lengths = [shard.num_rows for shard in written]
@@ -450,7 +461,9 @@ def command_line(builder_class: type[CorpusBuilder], arguments: Sequence[str] | 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     configs = builder_class.configs()
-    parser.add_argument("--config", dest="config_name", choices=configs, default=configs[0])
+    parser.add_argument(
+        "--config", dest="config_name", choices=configs, default=configs[0], help=f"absent: {configs[0]}"
+    )
     parser.add_argument("--data-dir", help="folder with the published files that are on disk already")
     parser.add_argument(
         "--output", help="folder for Parquet files and dataset card; absent: the datasets cache, no card"
@@ -463,6 +476,8 @@ def command_line(builder_class: type[CorpusBuilder], arguments: Sequence[str] | 
     output, num_proc, repository, private = (
         options.pop(name) for name in ("output", "num_proc", "push_to_hub", "private")
     )
+    if num_proc < 1:
+        parser.error(f"--num-proc has to be 1 at least, not {num_proc}.")
     if private and not repository:
         parser.error("--private needs --push-to-hub.")
     if repository and output is None:
@@ -470,12 +485,12 @@ def command_line(builder_class: type[CorpusBuilder], arguments: Sequence[str] | 
     try:
         builder = builder_class(**options)
         folder = builder.prepare(output, num_proc)
+        if output is not None:
+            # Pyright knows this module by two names, through the link in the package.
+            print(write_card(builder, output, repository))  # type: ignore[arg-type]
+            if repository:
+                print(push_to_hub(output, repository, private=private))
     except CorpusError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    if output is not None:
-        # Pyright knows this module by two names, through the link in the package.
-        print(write_card(builder, output, repository))  # type: ignore[arg-type]
-        if repository:
-            print(push_to_hub(output, repository, private=private))
     print(folder)
     return folder

@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.config import DATASET_INFO_FILENAME
 from datasets.utils import tqdm
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cellglot.datasets_scripts.corpus import CorpusBuilder
+from cellglot.datasets_scripts.corpus_errors import CorpusError, disk_full
 
 PICTURE = "statistics.png"
 LABELS_SHOWN = 20
+# Stands for a null among the values of a label
+NO_VALUE = "(none)"
 ROWS_PER_BATCH = 4096
 # What a build in progress leaves beside the corpus
 NOT_UPLOADED = ["*.lock", "*.parts/**", "*.incomplete/**", "*.tmp"]
@@ -35,7 +38,7 @@ class SplitStatistics:
     """Figures of one split.
 
     n_rows    rows
-    measures  column -> (n_rows,) values of a number, lengths of a list
+    measures  column -> (n_rows,) values of a number, lengths of a list; not of `count`, which is as long as gene_index
     totals    (n_rows,) sums of `count`, empty where there is no such column
     labels    column -> how often each value stands there
     """
@@ -46,46 +49,55 @@ class SplitStatistics:
     labels: dict[str, collections.Counter[str]] = field(default_factory=dict)
 
 
+# Config -> split -> its figures; the config that is loaded if none is named comes first
+Statistics = Mapping[str, Mapping[str, SplitStatistics]]
+
+
 def split_statistics(files: list[Path], builder: CorpusBuilder) -> SplitStatistics:
     """Figures of the rows of Parquet files, read in batches."""
     schema = pq.read_schema(files[0])
     lists = [name for name in schema.names if pa.types.is_list(schema.field(name).type)]
-    measured = [name for name in schema.names if name in lists or name == builder.MEASURE]
+    summed = [name for name in lists if name == "count"]
+    measured = [name for name in schema.names if name in {*lists, builder.MEASURE} - {*summed}]
     labels = {name: collections.Counter() for name in builder.LABELS if name in schema.names}
     values: dict[str, list[np.ndarray]] = {name: [] for name in measured}
     totals = []
     n_rows = 0
     for file in tqdm(files, desc="Statistics", unit=" files"):
         # Column by column in batches: the lists of a whole file need not fit in memory.
-        for batch in pq.ParquetFile(file).iter_batches(ROWS_PER_BATCH, columns=[*measured, *labels]):
+        for batch in pq.ParquetFile(file).iter_batches(ROWS_PER_BATCH, columns=[*measured, *summed, *labels]):
             n_rows += len(batch)
             for name in measured:
                 column = batch[name].value_lengths() if name in lists else batch[name]
                 values[name].append(column.to_numpy(zero_copy_only=False).astype(np.float32))
-            if "count" in lists:
+            for name in summed:
                 # Not reduceat, which gives the next cell's first value for a cell without any.
-                ends = np.concatenate([[0.0], np.cumsum(batch["count"].flatten().to_numpy(), dtype=np.float64)])
-                totals.append(np.diff(ends[np.append(0, np.cumsum(batch["count"].value_lengths().to_numpy()))]))
+                ends = np.concatenate([[0.0], np.cumsum(batch[name].flatten().to_numpy(), dtype=np.float64)])
+                sums = np.diff(ends[np.append(0, np.cumsum(batch[name].value_lengths().to_numpy()))])
+                totals.append(sums.astype(np.float32))
             for name, counter in labels.items():
                 for item in batch[name].value_counts().to_pylist():
-                    counter[str(item["values"])] += item["counts"]
+                    counter[NO_VALUE if item["values"] is None else str(item["values"])] += item["counts"]
     return SplitStatistics(
         n_rows,
         {name: np.concatenate(parts) for name, parts in values.items()},
-        np.concatenate([np.empty(0), *totals]),
+        np.concatenate([np.empty(0, np.float32), *totals]),
         labels,
     )
 
 
-def draw_statistics(splits: Mapping[str, SplitStatistics], builder: CorpusBuilder) -> Figure:
+def draw_statistics(statistics: Statistics, builder: CorpusBuilder) -> Figure:
     """The distribution of the corpus' measure in each split, and how many rows have each value of a label.
 
-    The label is the first of the builder's that there is.
+    The label is the first of the builder's that there is, in the first config that has it: other configs may hold the
+    same cells again.
     """
+    splits = _by_name(statistics)
     measured = {
         name: split.measures[builder.MEASURE] for name, split in splits.items() if builder.MEASURE in split.measures
     }
-    label = next((name for name in builder.LABELS if _has(splits, name)), None)
+    labelled = ((label, config) for label in builder.LABELS for config in statistics if _has(statistics[config], label))
+    label, labelled_config = next(labelled, (None, None))
     n_panels = bool(measured) + (label is not None)
     figure = Figure(figsize=(5 * n_panels + 1, 4), layout="constrained")
     axes = [figure.add_subplot(1, n_panels, 1 + k) for k in range(n_panels)]
@@ -97,16 +109,18 @@ def draw_statistics(splits: Mapping[str, SplitStatistics], builder: CorpusBuilde
         for name, values in measured.items():
             ax.hist(values, bins=list(edges), histtype="step", label=name)
         ax.set(xlabel=_measure_name(builder), ylabel=builder.ROWS)
+        ax.xaxis.set_major_locator(MaxNLocator(6))
         if len(measured) > 1:
             ax.legend(frameon=False)
-    if label is not None:
+    if label is not None and labelled_config is not None:
         ax = axes[-1]
-        counts = sum((split.labels[label] for split in splits.values() if label in split.labels), collections.Counter())
+        counts = sum((split.labels[label] for split in statistics[labelled_config].values()), collections.Counter())
         names, heights = zip(*reversed(counts.most_common(LABELS_SHOWN)), strict=True)
         ax.barh([name if len(name) <= 32 else name[:31] + "…" for name in names], heights)
-        ax.set(xlabel=builder.ROWS, title=label.replace("_", " "))
+        title = f"{labelled_config}, " * (len(statistics) > 1) + label.replace("_", " ")
+        ax.set(xlabel=builder.ROWS, title=title)
         if len(names) < len(counts):
-            ax.set_title(f"{label.replace('_', ' ')}: {len(names)} of {len(counts):,}")
+            ax.set_title(f"{title}: {len(names)} of {len(counts):,}")
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     return figure
@@ -125,49 +139,45 @@ def write_card(builder: CorpusBuilder, output: str | Path, repository: str | Non
             configs[path.parent.name] = info
     if not configs:
         raise FileNotFoundError(f"{output} holds no built config of {builder.name}.")
-    files = {
-        (config, str(split)): sorted(output.glob(f"{config}/{info.dataset_name}-{split}*.parquet"))
-        for config, info in configs.items()
-        for split in info.splits or {}
-    }
+    # The one that is loaded if none is named comes first.
+    order = dict.fromkeys([*builder.configs(), *configs])
+    configs = {name: configs[name] for name in order if name in configs}
     statistics = {
-        f"{config}/{split}" if len(configs) > 1 else split: split_statistics(paths, builder)
-        for (config, split), paths in files.items()
+        config: {
+            str(split): split_statistics(sorted(output.glob(f"{config}/{info.dataset_name}-{split}*.parquet")), builder)
+            for split in info.splits or {}
+        }
+        for config, info in configs.items()
     }
-    picture = output / PICTURE
-    partial = picture.with_name(f".{PICTURE}")
-    draw_statistics(statistics, builder).savefig(partial, dpi=120, format="png")
-    partial.replace(picture)
     card = DatasetCard(
-        f"---\n{_front_matter(builder, configs, files, statistics)}\n---\n\n"
+        f"---\n{_front_matter(builder, configs, statistics)}\n---\n\n"
         + _text(builder, configs, statistics, repository or "PATH/OF/THIS/FOLDER")
     )
-    partial = output / ".README.md"
-    partial.write_text(str(card), encoding="utf-8")
-    return partial.replace(output / "README.md")
+    try:
+        partial = output / f".{PICTURE}"
+        draw_statistics(statistics, builder).savefig(partial, dpi=120, format="png")
+        partial.replace(output / PICTURE)
+        partial = output / ".README.md"
+        partial.write_text(str(card), encoding="utf-8")
+        return partial.replace(output / "README.md")
+    except OSError as error:
+        raise disk_full(error, output) or error from error
 
 
-def _front_matter(
-    builder: CorpusBuilder,
-    configs: Mapping[str, datasets.DatasetInfo],
-    files: Mapping[tuple[str, str], list[Path]],
-    statistics: Mapping[str, SplitStatistics],
-) -> str:
-    data_files = {
-        config: [
-            {"split": split, "path": f"{config}/{configs[config].dataset_name}-{split}*.parquet"}
-            for named, split in files
-            if named == config
-        ]
-        for config in configs
-    }
-    first = next(name for name in [*builder.configs(), *configs] if name in configs)
-    metadata = [
-        # The key `default` is the library's for the config that is loaded if none is named.
-        {"config_name": config, "data_files": paths, **({"default": True} if config == first else {})}
-        for config, paths in data_files.items()
+def _front_matter(builder: CorpusBuilder, configs: Mapping[str, datasets.DatasetInfo], statistics: Statistics) -> str:
+    metadata: list[dict[str, Any]] = [
+        {
+            "config_name": config,
+            "data_files": [
+                {"split": split, "path": f"{config}/{configs[config].dataset_name}-{split}*.parquet"}
+                for split in splits
+            ],
+        }
+        for config, splits in statistics.items()
     ]
-    n_rows = sum(split.n_rows for split in statistics.values())
+    # The library's key for the config that is loaded if none is named
+    metadata[0]["default"] = True
+    n_rows = sum(split.n_rows for split in _by_name(statistics).values())
     return DatasetCardData(
         **{"license": "other", "pretty_name": builder.name, **builder.CARD},
         size_categories=[_size_category(n_rows)],
@@ -188,27 +198,27 @@ def _size_category(n_rows: int) -> str:
 def _text(
     builder: CorpusBuilder,
     configs: Mapping[str, datasets.DatasetInfo],
-    statistics: Mapping[str, SplitStatistics],
+    statistics: Statistics,
     place: str,
 ) -> str:
-    config = next(name for name in [*builder.configs(), *configs] if name in configs)
-    split = next(iter(configs[config].splits or {}))
-    loading = f'load_dataset("{place}", "{config}", split="{split}"'
+    config, config_splits = next(iter(statistics.items()))
+    loading = f'load_dataset("{place}", "{config}", split="{next(iter(config_splits))}"'
+    splits = _by_name(statistics)
     parts = [
         f"# {builder.CARD.get('pretty_name', builder.name)}",
         _of_configs({name: info.description for name, info in configs.items()}),
         f"![Distribution and labels]({PICTURE})",
         "## Statistics",
-        _statistics_table(statistics, builder),
-        *(_label_table(statistics, label) for label in builder.LABELS if _has(statistics, label)),
+        _statistics_table(splits, builder),
+        *(_label_table(splits, label) for label in builder.LABELS if _has(splits, label)),
         "## Columns",
         _column_table(configs),
         "## Loading",
         f"```python\nfrom datasets import load_dataset\n\nrows = {loading})\nstream = {loading}, streaming=True)\n```",
         "## Sources",
         _source_table(builder, configs),
-        f"Version {builder.info.version} of `datasets_scripts/{builder.name}.py`. Homepage: "
-        + _of_configs({name: info.homepage for name, info in configs.items()}),
+        f"Version {builder.info.version} of `datasets_scripts/{builder.name}.py`. "
+        + _of_configs({name: f"Homepage: {info.homepage}" if info.homepage else "" for name, info in configs.items()}),
         "## Licence",
         _of_configs({name: info.license for name, info in configs.items()}),
         "## Citation",
@@ -241,14 +251,23 @@ def _measure_name(builder: CorpusBuilder) -> str:
     return "detected genes" if builder.MEASURE == "gene_index" else builder.MEASURE.replace("_", " ")
 
 
-def _statistics_table(statistics: Mapping[str, SplitStatistics], builder: CorpusBuilder) -> str:
+def _by_name(statistics: Statistics) -> dict[str, SplitStatistics]:
+    """Each split by its name, after that of its config if there are several."""
+    return {
+        f"{config}/{split}" if len(statistics) > 1 else split: figures
+        for config, splits in statistics.items()
+        for split, figures in splits.items()
+    }
+
+
+def _statistics_table(splits: Mapping[str, SplitStatistics], builder: CorpusBuilder) -> str:
     """Rows of each split, and median with 5th and 95th percentile of what is measured."""
-    names = list(dict.fromkeys(name for split in statistics.values() for name in split.measures if name != "count"))
+    names = list(dict.fromkeys(name for split in splits.values() for name in split.measures))
     headers = ["split", builder.ROWS]
     headers += [f"{_measure_name(builder) if name == builder.MEASURE else f'length of {name}'}" for name in names]
-    with_totals = any(len(split.totals) for split in statistics.values())
+    with_totals = any(len(split.totals) for split in splits.values())
     rows = []
-    for name, split in statistics.items():
+    for name, split in splits.items():
         columns = [split.measures.get(measure, np.empty(0)) for measure in names]
         columns += [split.totals] if with_totals else []
         rows.append((name, f"{split.n_rows:,}", *map(_spread, columns)))
@@ -264,13 +283,13 @@ def _spread(values: np.ndarray) -> str:
     return f"{middle} ({low} to {high})"
 
 
-def _has(statistics: Mapping[str, SplitStatistics], label: str) -> bool:
-    return any(split.labels.get(label) for split in statistics.values())
+def _has(splits: Mapping[str, SplitStatistics], label: str) -> bool:
+    return any(split.labels.get(label, {}).keys() - {NO_VALUE} for split in splits.values())
 
 
-def _label_table(statistics: Mapping[str, SplitStatistics], label: str) -> str:
-    """The most frequent values of a label in each split."""
-    counters = {name: split.labels.get(label, collections.Counter()) for name, split in statistics.items()}
+def _label_table(splits: Mapping[str, SplitStatistics], label: str) -> str:
+    """The most frequent values of a label in each split that has it."""
+    counters = {name: split.labels[label] for name, split in splits.items() if label in split.labels}
     total = sum(counters.values(), collections.Counter())
     rows = [
         (value, *(f"{counter[value]:,}" for counter in counters.values()))
@@ -304,8 +323,17 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def push_to_hub(output: str | Path, repository: str, *, private: bool = False) -> str:
-    """Uploads a built corpus with its card; returns its address."""
+    """Uploads a built corpus with its card; returns its address.
+
+    Raises  CorpusError if the Hub cannot be reached, or refuses
+    """
     hub = HfApi()
-    url = hub.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-    hub.upload_folder(folder_path=output, repo_id=repository, repo_type="dataset", ignore_patterns=NOT_UPLOADED)
+    try:
+        url = hub.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        hub.upload_folder(folder_path=output, repo_id=repository, repo_type="dataset", ignore_patterns=NOT_UPLOADED)
+    except (OSError, httpx.HTTPError, HFValidationError) as error:
+        raise CorpusError(
+            f"{output} is complete, but could not be uploaded to {repository} ({type(error).__name__}: {error}). Check "
+            "the name and `hf auth login`, and run the same command again: nothing is built or uploaded twice."
+        ) from error
     return str(url)

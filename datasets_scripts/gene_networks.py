@@ -30,7 +30,6 @@ from cellglot.datasets_scripts.corpus import CorpusBuilder, Part, Source, comman
 from cellglot.datasets_scripts.corpus_errors import CorpusError, require_columns
 from cellglot.datasets_scripts.gctx import examples, positions_in
 
-VERSION = datasets.Version("1.0.0")
 STRING_VERSION = "12.0"
 BIOGRID_VERSION = "4.4.241"
 # Release 113 of Ensembl: archives keep their releases, www.ensembl.org does not.
@@ -73,8 +72,9 @@ ENSEMBL_COLUMNS = {
     "Mouse orthology confidence [0 low, 1 high]": ("mmusculus_homolog_orthology_confidence", "high_confidence"),
 }
 MGI_COLUMNS = ["NCBI Taxon ID", "Symbol", "EntrezGene ID", "Mouse MGI ID", "HGNC ID"]
-# Older files name the class after HomoloGene.
+# Older files name the class after HomoloGene, and STRING 11.0 calls its proteins otherwise.
 MGI_CLASSES = ("DB Class Key", "HomoloGene ID")
+STRING_PROTEINS = ("#string_protein_id", "protein_external_id")
 
 
 def biomart_query() -> str:
@@ -111,22 +111,22 @@ FEATURES = {
 ABOUT = {
     "string": (
         "https://string-db.org",
-        "STRING: CC BY 4.0",
+        "STRING: CC BY 4.0, https://string-db.org",
         "Szklarczyk et al., Nucleic Acids Research 51, D638-D646 (2023), doi:10.1093/nar/gkac1000",
     ),
     "biogrid": (
         "https://thebiogrid.org",
-        "BioGRID: MIT",
+        "BioGRID: MIT, https://wiki.thebiogrid.org/doku.php/terms_and_conditions",
         "Oughtred et al., Protein Science 30, 187-200 (2021), doi:10.1002/pro.3978",
     ),
     "orthologs_ensembl": (
         "https://www.ensembl.org/info/genome/compara/homology_method.html",
-        "Ensembl: terms of use of EMBL-EBI, free for any use",
+        "Ensembl: no restrictions of its own, https://www.ensembl.org/info/about/legal/disclaimer.html",
         "Herrero et al., Database 2016, bav096, doi:10.1093/database/bav096",
     ),
     "orthologs_mgi": (
         "https://www.informatics.jax.org/homology.shtml",
-        "MGI: CC BY 4.0",
+        "MGI: CC BY 4.0, https://www.informatics.jax.org/mgihome/other/copyright.shtml",
         "Blake et al., Nucleic Acids Research 49, D981-D987 (2021), doi:10.1093/nar/gkaa1083",
     ),
 }
@@ -142,8 +142,8 @@ PATTERNS = {
 class GeneNetworks(CorpusBuilder):
     """Edge tables: one row an edge, the two genes and what is known of it."""
 
-    VERSION = VERSION
-    BUILDER_CONFIGS = [datasets.BuilderConfig(name=name, version=VERSION) for name in FEATURES]
+    VERSION = datasets.Version("1.0.0")
+    BUILDER_CONFIGS = [datasets.BuilderConfig(name=name) for name in FEATURES]
     DEFAULT_CONFIG_NAME = "string"
     SOURCES: ClassVar[Mapping[str, Sequence[Source]]] = {
         "string": [
@@ -165,6 +165,7 @@ class GeneNetworks(CorpusBuilder):
     ROWS = "edges"
     CARD: ClassVar[Mapping[str, Any]] = {
         "license": "other",
+        "pretty_name": "Networks of genes: STRING, BioGRID, orthologs",
         "tags": ["biology", "graph", "gene-network", "protein-protein-interaction", "orthologs"],
     }
 
@@ -215,7 +216,7 @@ def string_edges(links: Path, info: Path) -> Iterator[pa.Table]:
 
     Raises  CorpusError for scores outside 0..1000, and for proteins without a name
     """
-    columns = {"#string_protein_id": pa.string(), "preferred_name": pa.string()}
+    columns = {_named_column(info, STRING_PROTEINS): pa.string(), "preferred_name": pa.string()}
     names = pa.Table.from_batches(_blocks(info, columns)).combine_chunks()
     proteins, genes = (names[name].chunk(0) for name in columns)
     columns = {"protein1": pa.string(), "protein2": pa.string(), "combined_score": pa.int32()}
@@ -303,8 +304,7 @@ def ensembl_orthologs(path: Path) -> pa.Table:
 
 def mgi_orthologs(path: Path) -> pa.Table:
     """Every human gene of a homology class with every mouse gene of it, from a file with one line a gene."""
-    header = _header(path, "\t")
-    key = next((name for name in MGI_CLASSES if name in header), MGI_CLASSES[0])
+    key = _named_column(path, MGI_CLASSES)
     columns = {key: pa.int64(), **dict.fromkeys(MGI_COLUMNS, pa.string())}
     genes = pa.Table.from_batches(_blocks(path, columns)).to_pandas()
     genes = genes.rename(columns={key: "homology_class", "Symbol": "symbol", "EntrezGene ID": "entrez"})
@@ -355,7 +355,13 @@ def _blocks(
 
 def _header(path: Path, delimiter: str) -> list[str]:
     with _opened(path) as file:
-        return file.readline().decode().rstrip("\r\n").split(delimiter)
+        return file.readline().decode(errors="replace").rstrip("\r\n").split(delimiter)
+
+
+def _named_column(path: Path, names: Sequence[str]) -> str:
+    """The first of these names that a tab-separated table has; if it has none, the first, for a message to miss."""
+    header = _header(path, "\t")
+    return next((name for name in names if name in header), names[0])
 
 
 @contextmanager

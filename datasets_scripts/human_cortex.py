@@ -1,8 +1,8 @@
-"""Human cortex: 49,417 nuclei of six cortical areas, SMART-seq v4, with the Allen Institute's taxonomy.
+"""Human cortex: about 50,000 nuclei of six cortical areas, SMART-seq v4, with the Allen Institute's taxonomy.
 
-The files are `matrix.csv` (nuclei x 50,281 genes, reads in introns and exons, first column `sample_name`) and
-`metadata.csv`, joined by `sample_name`. Nuclei that the Allen Institute calls outliers (1,985 with `outlier_call` True,
-which have no labels) are left out of the config `default`; the config `with_outliers` keeps them, flagged.
+The files are `matrix.csv` (nuclei x about 50,000 genes, reads in introns and exons, first column `sample_name`) and
+`metadata.csv`, joined by `sample_name`. Nuclei that the Allen Institute calls outliers (`outlier_call` True) have no
+labels; they are left out of the config `default`, and kept, flagged, in the config `with_outliers`.
 
     python datasets_scripts/human_cortex.py --output data/human_cortex
 """
@@ -43,6 +43,7 @@ class HumanCortex(CorpusBuilder):
         "tags": ["biology", "single-cell", "human", "brain"],
     }
     LABELS = LABELS
+    ROWS = "nuclei"
 
     def _info(self) -> datasets.DatasetInfo:
         labels = {name: datasets.Value("string") for name in (*LABELS, *OTHER_LABELS)}

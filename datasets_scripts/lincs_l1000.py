@@ -8,6 +8,7 @@ inferred from them.
     python datasets_scripts/lincs_l1000.py --config phase1_level3 --data-dir downloads --output data/lincs_l1000
 
 `--data-dir` may hold the files as published, unpacked, or the matrix as `.gct` or `.gct.gz` of the same name.
+Phase II is the release of March 2017, whose rows are genes; those of 2015 (22,268 probe sets, no tables) are not read.
 Row i of `genes.parquet` is value i of a profile; `perturbagens.parquet` holds structures (SMILES) by `pert_id`.
 Subramanian et al., "A Next Generation Connectivity Map", Cell 2017, doi:10.1016/j.cell.2017.10.049.
 """
@@ -30,7 +31,6 @@ from cellglot.datasets_scripts.gct import gct_to_gctx
 from cellglot.datasets_scripts.gctx import MISSING, Gctx, examples, positions_in, require_unique
 from cellglot.datasets_scripts.ragged_counts import GENE_TABLE
 
-VERSION = datasets.Version("1.0.0")
 PERTURBAGEN_TABLE = "perturbagens.parquet"
 GEO = "https://ftp.ncbi.nlm.nih.gov/geo/series/{series}nnn/{accession}/suppl/{name}"
 # One Parquet file each: about 250 MB of values
@@ -127,7 +127,6 @@ class L1000Config(datasets.BuilderConfig):
 CONFIGS = [
     L1000Config(
         name=f"phase{phase}_level{level}{'_all_genes' * all_genes}",
-        version=VERSION,
         phase=phase,
         level=level,
         all_genes=all_genes,
@@ -155,7 +154,7 @@ def _sources(release: Release) -> list[Source]:
 class LincsL1000(CorpusBuilder):
     """Profiles or signatures: id, treatment, context, values of the genes of `genes.parquet`."""
 
-    VERSION = VERSION
+    VERSION = datasets.Version("1.0.0")
     BUILDER_CONFIG_CLASS = L1000Config
     BUILDER_CONFIGS = CONFIGS
     DEFAULT_CONFIG_NAME = "phase2_level5"
@@ -165,8 +164,9 @@ class LincsL1000(CorpusBuilder):
     ROWS = "profiles"
     CARD: ClassVar[Mapping[str, Any]] = {
         "license": "other",
-        "license_name": "nih-lincs-public",
+        "license_name": "nih-lincs-data-release-policy",
         "license_link": "https://lincsproject.org/LINCS/data/release-policy",
+        "pretty_name": "LINCS L1000, phases I and II",
         "tags": ["biology", "transcriptomics", "l1000", "drug-response"],
     }
 
@@ -187,7 +187,7 @@ class LincsL1000(CorpusBuilder):
             ),
             features=datasets.Features(features),
             homepage=f"https://www.ncbi.nlm.nih.gov/geo/query/acc.cgi?acc={release.accession}",
-            license="Public, NIH LINCS data release policy: free to use, with attribution",
+            license="NIH LINCS data release policy, https://lincsproject.org/LINCS/data/release-policy",
             citation="Subramanian et al., Cell 171, 1437-1452 (2017), doi:10.1016/j.cell.2017.10.049",
         )
 

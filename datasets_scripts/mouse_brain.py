@@ -16,7 +16,7 @@ import pyarrow as pa
 from cellglot.datasets_scripts.corpus import CorpusBuilder, Part, Source, command_line, row_parts
 from cellglot.datasets_scripts.corpus_errors import require_columns
 from cellglot.datasets_scripts.ragged_counts import GENE_TABLE, ragged_features, ragged_table
-from cellglot.tokenization.count_matrix import open_counts
+from cellglot.datasets_scripts.source_counts import source_counts
 
 LOOM = "l5_all.loom"
 LABELS = (
@@ -62,19 +62,19 @@ class MouseBrain(CorpusBuilder):
         )
 
     def splits(self, files: dict[str, Path]) -> dict[str, list[Part]]:
-        with open_counts(files[LOOM]) as counts:
+        with source_counts(files[LOOM]) as counts:
             require_columns(counts.obs, ["CellID", *LABELS], f"{files[LOOM]} (column attributes)")
             require_columns(counts.var, ["Accession", "Gene"], f"{files[LOOM]} (row attributes)")
             return {"train": row_parts(LOOM, counts.n_cells)}
 
     def tables(self, files: dict[str, Path], part: Part) -> Iterator[pa.Table]:
-        with open_counts(files[LOOM]) as counts:
+        with source_counts(files[LOOM]) as counts:
             obs = counts.obs[list(LABELS)]
             for start, stop in part.blocks():
                 yield ragged_table(counts.read_block(start, stop)[1], obs.iloc[start:stop])
 
     def side_tables(self, files: dict[str, Path]) -> dict[str, pd.DataFrame]:
-        with open_counts(files[LOOM]) as counts:
+        with source_counts(files[LOOM]) as counts:
             columns = {"gene_id": "Accession", "gene_symbol": "Gene"}
             return {GENE_TABLE: pd.DataFrame({new: counts.var[old].to_numpy() for new, old in columns.items()})}
 

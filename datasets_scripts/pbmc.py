@@ -54,7 +54,11 @@ class PBMC(CorpusBuilder):
     VERSION = datasets.Version("1.0.0")
     # Inside scanpy
     SOURCES = {"default": []}
-    CARD = {"license": "cc-by-4.0", "pretty_name": "700 PBMCs of Zheng et al. 2017", "tags": ["biology", "single-cell"]}
+    CARD = {
+        "license": "bsd-3-clause",
+        "pretty_name": "700 PBMCs of Zheng et al. 2017",
+        "tags": ["biology", "single-cell"],
+    }
     LABELS = ("cell_type",)
 
     def _info(self) -> datasets.DatasetInfo:
@@ -67,7 +71,7 @@ class PBMC(CorpusBuilder):
             description="700 peripheral blood mononuclear cells with raw counts of 765 variable genes.",
             features=ragged_features(obs),
             homepage="https://scanpy.readthedocs.io/en/stable/generated/scanpy.datasets.pbmc68k_reduced.html",
-            license="BSD-3-Clause (scanpy); data of 10x Genomics, CC BY 4.0",
+            license="BSD-3-Clause, that of scanpy, which ships the cells; the article is CC BY 4.0",
             citation="Zheng et al., Nature Communications 8, 14049 (2017), doi:10.1038/ncomms14049",
         )
 

@@ -28,13 +28,14 @@ def built(tmp_path, *inputs, num_proc=None, out="out", **options: Any):
 
 
 def expected(path, genes, layer=None):
-    """Counts of a file over the given genes, gene by gene."""
+    """Counts of a file over the given genes, as one dense matrix."""
+    place = {gene: i for i, gene in enumerate(genes)}
     with open_counts(path, layer=layer) as counts:
-        dense = np.zeros((counts.n_cells, len(genes)))
-        block = sp.csc_matrix(counts.read_block(0, counts.n_cells)[1])
-        for column, (name, index) in enumerate(zip(counts.gene_names(), counts.var.index, strict=True)):
-            dense[:, genes.index(canonical_id(name) or index)] += block[:, [column]].toarray()[:, 0]
-        return dense, counts.obs
+        names = zip(counts.gene_names(), counts.var.index, strict=True)
+        dense_gn = np.zeros((len(genes), counts.n_cells))
+        stored_ng = counts.read_block(0, counts.n_cells)[1].toarray()
+        np.add.at(dense_gn, [place[canonical_id(name) or index] for name, index in names], stored_ng.T)
+        return dense_gn.T, counts.obs
 
 
 @pytest.fixture
@@ -164,11 +165,13 @@ def test_an_h5ad_of_an_older_anndata_is_read(tmp_path):
 def test_bad_inputs_are_named_and_leave_nothing(folder, tmp_path):
     whole = (folder / "a.h5ad").read_bytes()
     (tmp_path / "cut.h5ad").write_bytes(whole[: len(whole) // 2])
+    (folder / "tenx" / "matrix.mtx.gz").write_bytes((folder / "tenx" / "matrix.mtx.gz").read_bytes()[:-12])
     text = synthetic_cells(5, 3)
     text.obs["n_genes"] = ["many"] * 5
     text.write_h5ad(tmp_path / "text.h5ad")
     cases: list[tuple[list, dict[str, Any], str]] = [
         ([tmp_path / "cut.h5ad"], {}, r"cut\.h5ad cannot be read: truncated or corrupt"),
+        ([folder / "tenx"], {}, r"tenx cannot be read: truncated or corrupt"),
         ([tmp_path / "absent"], {}, r"absent does not exist"),
         ([tmp_path / "cache"], {}, r"cache holds no \.h5ad"),
         ([], {}, "Expected files or folders with cells, found none"),

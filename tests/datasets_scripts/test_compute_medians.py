@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from cellglot.tokenization.gene_tables import read_table
 from cellglot.tokenization.medians import vocabulary_from_corpus
 from cellglot.tokenization.rank_value import SPECIAL_TOKENS, RankValueTokenizer
 
-from ..conftest import synthetic_cells
+from ..conftest import ROOT, synthetic_cells
+from .killed_runs import kill_thrice
 
 SIZES = {"a.h5ad": 1301, "b.h5ad": 523, "c.h5ad": 307}
 COLUMNS = ("token", "token_id", "nonzero_median")
@@ -89,6 +92,25 @@ def test_a_broken_shard_is_named_and_the_rest_is_kept(medians, corpus, one_pass,
     shutil.copy(corpus / "b.h5ad", folder)
     table, _ = medians("--layout", "v2", folder=folder, tasks=100)
     np.testing.assert_array_equal(table["nonzero_median"], one_pass["nonzero_median"])
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_run_again_gives_the_same_table(medians, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for seed in range(3):
+        synthetic_cells(512 * 5 + 41, 11 + seed, seed).write_h5ad(folder / f"{seed}.h5ad")
+    sketched = ["--max-exact-values", 1000]
+    medians(*sketched, folder=folder, tasks=18, output=tmp_path / "clean")
+    output, script = tmp_path / "out", ROOT / "datasets_scripts" / "compute_medians.py"
+    words = [sys.executable, script, folder, "--output", output, "--tasks", 18, "--workers", 2, *sketched]
+    command = [str(word) for word in words]
+    rng = np.random.default_rng(0)
+    assert 0 < kill_thrice(command, output / ".run" / "completions", rng, tasks_too=False)[-1] < 14
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("vocabulary.tsv", "medians.json"):
+        assert (output / name).read_bytes() == (tmp_path / "clean" / name).read_bytes()
 
 
 def test_a_merge_that_was_cut_off_is_done_again(medians, tmp_path, monkeypatch):

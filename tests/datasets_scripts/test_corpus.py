@@ -3,6 +3,7 @@
 import errno
 import gzip
 import hashlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -55,6 +56,18 @@ class Table(CorpusBuilder):
         return {GENE_TABLE: pd.DataFrame({"gene_id": self._read(files).columns.drop("cell_type")})}
 
 
+class Named(Table):
+    """Its configs are made beforehand, and the processes that build its second part are killed."""
+
+    BUILDER_CONFIGS = [datasets.BuilderConfig(name="plain"), datasets.BuilderConfig(name="packed")]
+    DEFAULT_CONFIG_NAME = "plain"
+
+    def tables(self, files: dict[str, Path], part: Part) -> Iterator[pa.Table]:
+        if part.start == 3 and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().tables(files, part)
+
+
 @pytest.fixture
 def cells():
     return synthetic_cells(7, 5)
@@ -81,8 +94,7 @@ def equal(folder: Path, cells) -> None:
     assert found.obs["cell_type"].tolist() == cells.obs["cell_type"].tolist()
 
 
-@pytest.mark.parametrize("config", ["plain", "packed"])
-@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize(("config", "num_proc"), [("plain", 1), ("packed", 1), ("packed", 2)])
 def test_what_is_downloaded_is_what_comes_out(publisher, cells, tmp_path, config, num_proc):
     folder = built(tmp_path, config, num_proc=num_proc)
     equal(folder, cells)
@@ -276,6 +288,24 @@ def test_another_version_in_the_folder_is_refused(publisher, tmp_path, monkeypat
         built(tmp_path)
 
 
+@pytest.mark.parametrize("config", ["plain", "packed"])
+def test_configs_made_beforehand_are_of_the_builder_s_version(publisher, cells, tmp_path, config):
+    publisher.serve(Named)
+    builder = Named(cache_dir=str(tmp_path / "cache"), config_name=config)
+    assert str(builder.config.version) == str(builder.info.version) == "1.0.0"
+    folder = builder.prepare(tmp_path / "out")
+    equal(folder, cells)
+    assert str(datasets.DatasetInfo.from_directory(str(folder)).version) == "1.0.0"
+
+
+def test_a_process_that_is_killed_is_said_to_be_and_a_rerun_continues(publisher, cells, tmp_path):
+    publisher.serve(Named)
+    with pytest.raises(CorpusError, match=r"was killed, most often for want of memory.*smaller --num-proc"):
+        Named(cache_dir=str(tmp_path / "cache")).prepare(tmp_path / "out", num_proc=2)
+    assert not (tmp_path / "out" / "plain").exists()
+    equal(Named(cache_dir=str(tmp_path / "cache")).prepare(tmp_path / "out"), cells)
+
+
 def test_a_file_without_address_has_to_be_on_disk(publisher, tmp_path, monkeypatch):
     monkeypatch.setattr(Table, "SOURCES", {"plain": [Source("cells.tsv")]})
     with pytest.raises(CorpusError, match=r"cells\.tsv is not in a folder given with --data-dir.*https://example\.org"):
@@ -323,7 +353,11 @@ def test_the_command_line_builds_and_says_what_is_wrong(publisher, cells, tmp_pa
         command_line(Table, ["--data-dir", str(publisher.folder), "--output", str(tmp_path / "other")])
     assert exit_.value.code == 1
     assert "has md5 9dd4e461268c8034f5c8564e155c67a6, expected 00" in capsys.readouterr().err
-    for wrong in (["--push-to-hub", "org/name"], ["--private"]):
+    for wrong, message in (
+        (["--push-to-hub", "org/name"], "needs --output"),
+        (["--private"], "needs --push-to-hub"),
+        (["--num-proc", "0"], "has to be 1 at least, not 0"),
+    ):
         with pytest.raises(SystemExit):
             command_line(Table, wrong)
-        assert "needs --" in capsys.readouterr().err
+        assert message in capsys.readouterr().err

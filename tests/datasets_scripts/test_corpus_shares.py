@@ -77,6 +77,12 @@ def test_a_file_that_cannot_be_read_is_one_whole_share(folder, tmp_path):
     assert plan.tasks == [[Share("bad.h5ad")], [Share("good.h5ad", 0, 512)], [Share("good.h5ad", 512, 600)]]
 
 
+def test_files_none_of_which_can_be_read_are_refused_at_once(folder, tmp_path):
+    synthetic_cells(5, 13).write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(ValueError, match=r"a\.h5ad has no layer 'counts'"):
+        make_plan(tmp_path, n_tasks=1, layer="counts")
+
+
 def test_a_plan_comes_back_from_json(folder):
     plan = make_plan(folder, n_tasks=3, layer=None, obs_columns=["donor"])
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

@@ -1,10 +1,12 @@
 """The dataset card: figures that are those of the rows, a picture, and front matter that makes the folder loadable."""
 
+import collections
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, cast
 
 import datasets
@@ -17,7 +19,14 @@ from huggingface_hub import DatasetCard
 from matplotlib.patches import Rectangle
 
 from cellglot.datasets_scripts.corpus import CorpusBuilder, Part
-from cellglot.datasets_scripts.dataset_card import PICTURE, draw_statistics, split_statistics, write_card
+from cellglot.datasets_scripts.corpus_errors import CorpusError
+from cellglot.datasets_scripts.dataset_card import (
+    PICTURE,
+    draw_statistics,
+    push_to_hub,
+    split_statistics,
+    write_card,
+)
 from cellglot.datasets_scripts.ragged_counts import GENE_TABLE, ragged_features, ragged_table
 
 from ..conftest import ROOT, ensembl, synthetic_cells
@@ -25,7 +34,7 @@ from .stub_hub import running_hub
 
 
 class Cells(CorpusBuilder):
-    """Synthetic cells; the second config has two splits, and cells without any gene."""
+    """Synthetic cells, some without any gene; the first config lacks a label, the second one has two splits."""
 
     VERSION = datasets.Version("1.2.3")
     SOURCES = {"one": [], "two": []}
@@ -33,7 +42,7 @@ class Cells(CorpusBuilder):
     LABELS = ("cell_type", "donor")
 
     def _info(self):
-        features = ragged_features({name: datasets.Value("string") for name in self.LABELS})
+        features = ragged_features({name: datasets.Value("string") for name in labels_of(self.config.name)})
         return datasets.DatasetInfo(
             f"Cells of {self.config.name}.",
             features=features,
@@ -48,10 +57,14 @@ class Cells(CorpusBuilder):
 
     def tables(self, files, part):
         cells = cells_of(part.file)[part.start : part.stop]
-        yield ragged_table(cells.X, cells.obs)
+        yield ragged_table(cells.X, cells.obs[labels_of(self.config.name)])
 
     def side_tables(self, files):
         return {GENE_TABLE: pd.DataFrame({"gene_id": ensembl(19)})}
+
+
+def labels_of(config):
+    return {"one": ["donor"], "two": ["cell_type", "donor"]}[config]
 
 
 def cells_of(split):
@@ -59,6 +72,7 @@ def cells_of(split):
     dense = cells.X.toarray()
     dense[[0, 7, 22]] = 0
     cells.X = sp.csr_matrix(dense)
+    cells.obs.iloc[5, 0] = None
     return cells
 
 
@@ -79,7 +93,8 @@ def test_statistics_are_those_of_the_cells(output, tmp_path):
     assert found.n_rows == 23
     np.testing.assert_array_equal(found.measures["gene_index"], (cells.X > 0).sum(axis=1).A1)
     np.testing.assert_array_equal(found.totals, cells.X.sum(axis=1).A1)
-    assert found.labels == {name: dict(cells.obs[name].value_counts()) for name in ("cell_type", "donor")}
+    expected = {name: dict(cells.obs[name].fillna("(none)").value_counts()) for name in ("cell_type", "donor")}
+    assert found.labels == expected
 
 
 def test_the_card_says_what_there_is(output):
@@ -90,6 +105,9 @@ def test_the_card_says_what_there_is(output):
     assert f"| one/train | 23 | {middle:.3g} ({low:.3g} to {high:.3g}) |" in text
     for label, count in cells.obs["donor"].value_counts().items():
         assert re.search(rf"\| {label} \| {count} \| {count} \| \d+ \|", text)
+    # Splits without the label do not stand there with zeros.
+    assert "| `cell_type` | two/train | two/test |" in text
+    assert "| (none) | 1 | 1 |" in text
     assert "- `one`: Cells of one.\n- `two`: Cells of two." in text
     for part in ("# Synthetic cells", "Nobody 2026", "CC BY 4.0", "Version 1.2.3", "list of int32", f"({PICTURE})"):
         assert part in text
@@ -112,22 +130,64 @@ def test_every_config_and_split_loads_and_streams_from_the_folder(output, tmp_pa
     assert list(default) == ["train"]
 
 
-def test_the_picture_shows_every_cell_and_label(output, tmp_path):
+@pytest.mark.parametrize(
+    ("configs", "labels", "title", "shown"),
+    [
+        (["two"], ("cell_type", "donor"), "cell type", ["train", "test"]),
+        # The first config has no cell_type.
+        (["one", "two"], ("cell_type", "donor"), "two, cell type", ["train", "test"]),
+        # Both have donors, of the same cells in part: each is counted once.
+        (["one", "two"], ("donor",), "one, donor", ["train"]),
+    ],
+)
+def test_the_picture_shows_every_cell_and_label_once(output, tmp_path, monkeypatch, configs, labels, title, shown):
+    monkeypatch.setattr(Cells, "LABELS", labels)
     builder = Cells(cache_dir=str(tmp_path / "cache"), config_name="two")
-    splits = {
-        split: split_statistics(sorted((output / "two").glob(f"*-{split}-*.parquet")), builder)
-        for split in ("train", "test")
+    statistics = {
+        config: {
+            split: split_statistics(sorted((output / config).glob(f"*-{split}-*.parquet")), builder)
+            for split in (["train", "test"] if config == "two" else ["train"])
+        }
+        for config in configs
     }
-    left, right = draw_statistics(splits, builder).axes
+    left, right = draw_statistics(statistics, builder).axes
     assert left.get_xlabel() == "detected genes"
-    assert len(left.patches) == 2
+    assert len(left.patches) == sum(map(len, statistics.values()))
+    assert right.get_title() == title
     widths: Any = [bar.get_bbox().width for bar in cast(list[Rectangle], right.patches)]
     bars = {label.get_text(): width for label, width in zip(right.get_yticklabels(), widths, strict=True)}
-    both = pd.concat([cells_of(split).obs["cell_type"] for split in splits])
-    assert bars == both.value_counts().to_dict()
+    expected = pd.concat([cells_of(split).obs[labels[0]] for split in shown]).fillna("(none)")
+    assert bars == expected.value_counts().to_dict()
+
+
+def test_the_picture_is_drawn(output):
     pixels = matplotlib.image.imread(output / PICTURE)
     assert pixels.shape[0] > 300 < pixels.shape[1]
     assert pixels.std() > 0.05
+
+
+def test_a_label_without_values_leaves_the_picture_to_the_next(output, tmp_path):
+    builder = Cells(cache_dir=str(tmp_path / "cache"), config_name="two")
+    split = split_statistics(sorted((output / "two").glob("*-test-*.parquet")), builder)
+    split.labels["cell_type"] = collections.Counter({"(none)": split.n_rows})
+    assert draw_statistics({"two": {"test": split}}, builder).axes[1].get_title() == "donor"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("partial", [f".{PICTURE}", ".README.md"])
+def test_a_disk_that_is_full_leaves_the_card_as_it_was(output, tmp_path, partial):
+    before = (output / "README.md").read_text()
+    (output / partial).symlink_to("/dev/full")
+    with pytest.raises(CorpusError, match=r"The disk is full: writing to .*out failed"):
+        write_card(Cells(cache_dir=str(tmp_path / "cache")), output, "org/other")
+    assert (output / "README.md").read_text() == before
+
+
+def test_an_upload_that_fails_is_explained(output):
+    """The Hub is out of reach in tests."""
+    for name, reason in (("org/cells", "OfflineModeIsEnabled"), ("org//cells", "HFValidationError")):
+        with pytest.raises(CorpusError, match=rf"out is complete, but could not be uploaded to {name} \({reason}: "):
+            push_to_hub(output, name)
 
 
 def test_a_folder_without_the_corpus_is_refused(tmp_path):

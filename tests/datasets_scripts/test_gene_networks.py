@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from cellglot.datasets_scripts import gene_networks
-from cellglot.datasets_scripts.corpus import command_line
+from cellglot.datasets_scripts.corpus import Source, command_line
 from cellglot.datasets_scripts.corpus_errors import CorpusError
 from cellglot.datasets_scripts.gene_networks import BIOGRID_ZIP, MGI_TABLE, STRING_INFO, STRING_LINKS, GeneNetworks
 
@@ -108,13 +108,14 @@ def test_another_version_in_the_data_folder_will_do(publisher, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     publish_string(folder, EDGES, NAMES)
-    (folder / STRING_LINKS).rename(folder / "9606.protein.links.v11.5.txt.gz")
-    (folder / "9606.protein.info.v11.5.txt").write_bytes(gzip.decompress((folder / STRING_INFO).read_bytes()))
+    (folder / STRING_LINKS).rename(folder / "9606.protein.links.v11.0.txt.gz")
+    info = gzip.decompress((folder / STRING_INFO).read_bytes())
+    (folder / "9606.protein.info.v11.0.txt").write_bytes(info.replace(b"#string_protein_id", b"protein_external_id"))
     (folder / STRING_INFO).unlink()
     assert len(built(tmp_path, "string", folder)) == 4
     assert publisher.downloads == []
     (folder / "9606.protein.links.v12.5.txt.gz").write_bytes(b"")
-    with pytest.raises(CorpusError, match=r"holds 9606\.protein\.links\.v11\.5.* leave one of them"):
+    with pytest.raises(CorpusError, match=r"holds 9606\.protein\.links\.v11\.0.* leave one of them"):
         built(tmp_path / "again", "string", folder)
 
 
@@ -214,6 +215,15 @@ def test_the_query_asks_for_the_columns_that_are_read_and_for_a_stamp():
     query = unquote(gene_networks.biomart_query())
     assert query.count("<Attribute ") == len(ENSEMBL_HEADER)
     assert 'completionStamp="1"' in query
+
+
+def test_the_query_arrives_as_it_was_written(publisher, tmp_path, monkeypatch):
+    monkeypatch.setattr(gene_networks, "BIOMART", f"{publisher.url}/martservice?query=")
+    query = gene_networks.biomart_query()
+    monkeypatch.setattr(GeneNetworks, "SOURCES", {"orthologs_ensembl": [Source("mart_export.txt", query)]})
+    (publisher.folder / "martservice").write_bytes(lines([ENSEMBL_HEADER, *PAIRS, ["[success]"]]))
+    assert len(built(tmp_path, "orthologs_ensembl")) == 4
+    assert [unquote(path) for path in publisher.downloads] == [unquote(query).removeprefix(f"{publisher.url}/")]
 
 
 def test_symbols_alone_are_one_to_one_if_neither_repeats(publisher, tmp_path):
@@ -319,6 +329,13 @@ def test_an_archive_without_the_human_file_is_refused(publisher, tmp_path):
     publish_biogrid(publisher.folder / BIOGRID_ZIP, [], member="README.txt")
     with pytest.raises(CorpusError, match=r"expected one file .*Homo_sapiens.*found 0"):
         built(tmp_path, "biogrid")
+
+
+def test_a_file_that_is_no_text_is_refused(publisher, tmp_path):
+    publish_string(publisher.folder, EDGES, NAMES)
+    (publisher.folder / STRING_INFO).write_bytes(bytes(range(255, 0, -1)))
+    with pytest.raises(CorpusError, match=r"no column '#string_protein_id', 'preferred_name'; it has "):
+        built(tmp_path, "string")
 
 
 @pytest.mark.parametrize("name", [STRING_LINKS, STRING_INFO])

@@ -162,6 +162,11 @@ def test_cells_of_a_folder_are_tokenized_with_another_tokenizer(tmp_path):
     assert loaded(folder, "h5ad")["input_ids"][:] == expected["input_ids"][:]
 
 
+def test_cells_of_a_user_are_not_published_under_the_corpus_s_licence():
+    licences = {name: Genecorpus30M(config_name=name).CARD["license"] for name in ("h5ad", "default")}
+    assert licences == {"h5ad": "other", "default": "apache-2.0"}
+
+
 def test_a_folder_without_cells_is_refused(tmp_path):
     with pytest.raises(CorpusError, match=r"reads the \.h5ad and \.loom files of --data-dir; .* has none"):
         build(tmp_path, "h5ad", data_dir=str(tmp_path))

@@ -12,7 +12,7 @@ import pytest
 
 from cellglot.datasets_scripts.corpus import command_line
 from cellglot.datasets_scripts.corpus_errors import CorpusError
-from cellglot.datasets_scripts.lincs_l1000 import CONFIGS, LincsL1000, Release, _number
+from cellglot.datasets_scripts.lincs_l1000 import CONFIGS, LincsL1000, Release, read_treatments
 
 from .test_gct import gct_text
 from .test_gctx import some_profiles, write_gctx
@@ -245,8 +245,11 @@ def test_real_l1000_profiles_come_back(publisher, real_data, tmp_path, suffix):
         ("-666.000000", None),
     ],
 )
-def test_numbers_that_replicates_agree_on(text, number):
-    assert _number(text) == number
+def test_numbers_that_replicates_agree_on(tmp_path, text, number):
+    table = annotations("phase1_level5", pd.Index(["A"])).assign(pert_dose=text)
+    table.to_csv(tmp_path / "sig_info.txt", sep="\t", index=False)
+    found = read_treatments(tmp_path / "sig_info.txt", "sig_id", ("distil_id",))
+    assert found["pert_dose"].to_pylist() == [number]
 
 
 def without(column: str):

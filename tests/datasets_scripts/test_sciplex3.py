@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -268,6 +269,19 @@ def chemcpa(counts: Any) -> Any:
     return ad.AnnData(expression, obs=obs, var=var)
 
 
+def as_anndata_0_7(path: Path) -> None:
+    """Rewrites a file's categories as AnnData 0.7 had them, which wrote chemCPA's: codes, and labels to one side."""
+    with h5py.File(path, "r+") as file:
+        obs: Any = file["obs"]
+        labels = obs.create_group("__categories")
+        for name in [name for name in obs if obs[name].attrs.get("encoding-type") == "categorical"]:
+            labels[name], codes = obs[name]["categories"][:], obs[name]["codes"][:]
+            del obs[name]
+            obs[name] = codes
+            obs[name].attrs["categories"] = labels[name].ref
+        obs.attrs["encoding-version"] = "0.1.0"
+
+
 def assert_treatments(found: pd.DataFrame, expected: pd.DataFrame) -> None:
     called = expected["dose"].notna().to_numpy()
     expected = expected[called]
@@ -294,9 +308,11 @@ def test_scperturb_s_file_comes_out_with_structures_joined_by_name(file_server, 
     assert pd.read_parquet(folder / "scperturb" / "genes.parquet")["gene_id"][3] == "ENSG00000000003"
 
 
+@pytest.mark.filterwarnings("ignore:.*written without encoding metadata")
 def test_chemcpa_s_file_comes_out_as_expression_not_as_counts(file_server, tmp_path, counts):
     cells = chemcpa(counts)
     cells.write_h5ad(file_server.folder / CHEMCPA)
+    as_anndata_0_7(file_server.folder / CHEMCPA)
     file_server.serve(SciPlex3)
     rows = loaded(build(tmp_path, "chemcpa"), "chemcpa")
     assert "count" not in rows.column_names

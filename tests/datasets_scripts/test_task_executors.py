@@ -98,6 +98,15 @@ def test_slurm_jobs_are_submitted_one_after_another(words, tmp_path, monkeypatch
     assert "Submitted 3 tasks; job 3 finishes the run" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("refused", "told"), [(1, "above. Mend"), (2, "Job 1 was submitted before: scancel it.")])
+def test_a_refusal_of_sbatch_is_told(words, tmp_path, monkeypatch, refused, told):
+    log = tmp_path / "log"
+    body = f'echo >> {log}; n=$(wc -l < {log}); [ $n = {refused} ] && exit 3; echo "Submitted batch job $n"'
+    monkeypatch.setenv("PATH", add_commands(tmp_path / "bin", {"sbatch": body}))
+    with pytest.raises(SystemExit, match=f"sbatch ended with status 3, for a reason that it .*{told}"):
+        main([*words, "--executor", "slurm", "--partition", "cpu"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
