@@ -79,11 +79,7 @@ class BMMCMultiome(CorpusBuilder):
         return ["cell_type", "batch"] if self.config.name == "default" else ["batch"]
 
     def _info(self) -> datasets.DatasetInfo:
-        # The competition kept cell types to itself.
-        labels = (
-            ("cell_type", "batch", "site", "donor") if self.config.name == "default" else ("batch", "site", "donor")
-        )
-        features = ragged_features({name: datasets.Value("string") for name in labels})
+        features = ragged_features({name: datasets.Value("string") for name in (*self._labels, "site", "donor")})
         features["peak_index"] = datasets.List(datasets.Value("int32"))
         features["peak_count"] = datasets.List(datasets.Value("float32"))
         return datasets.DatasetInfo(

@@ -6,7 +6,6 @@ values. So what the tasks write, laid end to end, does not depend on how many th
 folders, which are text, not at all.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -114,9 +113,11 @@ def make_plan(folder: Path, *, n_tasks: int | None, layer: str | None, obs_colum
     """The shares of at most `n_tasks` tasks, the same for the same folder and number.
 
     n_tasks  None: one for every `VALUES_PER_TASK` stored values
-    Raises   ValueError if there are no cells, an obs column is missing, or its types cannot be one
+    Raises   ValueError if there are no cells, an obs column is missing, or its types cannot be one; the first file's
+             error if none can be read
     """
     shards: list[Shard] = []
+    errors: list[Exception] = []
     units: list[Share] = []
     values_u: list[int] = []
     schema = pa.schema([])
@@ -124,9 +125,13 @@ def make_plan(folder: Path, *, n_tasks: int | None, layer: str | None, obs_colum
         name = path.name if path == folder else str(path.relative_to(folder))
         n_cells = None
         if path.is_file():
-            # Of a file that cannot be read, its own task will say so; the others need not fail.
-            with contextlib.suppress(OSError), open_counts(path, layer=layer) as matrix:
-                starts, stops, values = _cuts(path, matrix, layer)
+            try:
+                with open_counts(path, layer=layer) as matrix:
+                    starts, stops, values = _cuts(path, matrix, layer)
+            except (OSError, ValueError) as error:
+                # Its own task will say so; the others need not fail.
+                errors.append(error)
+            else:
                 n_cells = matrix.n_cells
                 schema = _widened(schema, matrix, obs_columns)
                 units += [Share(name, start, stop) for start, stop in zip(starts, stops, strict=True)]
@@ -136,6 +141,8 @@ def make_plan(folder: Path, *, n_tasks: int | None, layer: str | None, obs_colum
             units.append(Share(name))
             values_u.append(sum(file.stat().st_size for file in files) // BYTES_PER_VALUE)
         shards.append(Shard(name, shard_digest(path), n_cells))
+    if len(errors) == len(shards):
+        raise errors[0]
     if not units:
         raise ValueError(f"The {len(shards)} file(s) of {folder} hold no cells.")
     types = {field.name: str(field.type) for field in schema}
@@ -160,7 +167,10 @@ def _balanced(units: list[Share], values_u: np.ndarray, n_tasks: int | None) -> 
 
 
 def _cuts(path: Path, matrix: CountMatrix, layer: str | None) -> tuple[list[int], list[int], list[int]]:
-    """Starts and stops of the spans of cells between which a file may be cut, and their stored values."""
+    """Starts and stops of the spans of cells between which a file may be cut, and their stored values.
+
+    Raises  ValueError if the index of cells is of another number of them
+    """
     import h5py
 
     n_cells, step, indptr = matrix.n_cells, CELLS_PER_BLOCK, None
@@ -172,6 +182,8 @@ def _cuts(path: Path, matrix: CountMatrix, layer: str | None) -> tuple[list[int]
         group: Any = file.get("matrix" if path.suffix in (".h5", ".loom") else place)
         if isinstance(group, h5py.Group) and matrix.concurrent:
             indptr = np.asarray(group["indptr"], dtype=np.int64)
+            if len(indptr) != n_cells + 1:
+                raise ValueError(f"{matrix.name}: indptr has {len(indptr):,} entries, expected {n_cells + 1:,}.")
         elif isinstance(group, h5py.Group):
             stored: Any = group["data"]
             values_per_cell = len(stored) / n_cells

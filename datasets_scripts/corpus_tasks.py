@@ -32,6 +32,8 @@ from cellglot.tokenization.count_matrix import CountMatrix, open_counts
 from cellglot.train.config import write_json
 
 FAILURES_TOLD = 10
+# What the tokenizer advises -> what that is on the command line
+OPTIONS = {"gene_ids=": "--gene-ids ", "layer='": "--layer '", "min_matched_counts=": "--min-matched-counts "}
 
 
 class TaskRun:
@@ -158,6 +160,8 @@ class TaskRun:
                 raise full from error
             told = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
             told = told.replace(str(path), share.shard).removeprefix(f"{share.shard}: ")
+            for argument, option in OPTIONS.items():
+                told = told.replace(argument, option)
             raise CorpusError(told if told.startswith(share.shard) else f"{share.shard}: {told}") from error
 
     def _refuse_other_options(self, options: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
 """Genecorpus-30M, the corpus that Geneformer was pre-trained on: cells as rank-value tokens.
 
-27.4 million human cells (29.9 million before quality control) of 561 data sets, as `input_ids`, at most 2,048 token ids
-of genes, most distinctive first, and their `length`. `lengths.npy` beside the rows holds all lengths (int32), which a
-length-grouped sampler needs; the publisher's is a pickle, and is not read.
+29.9 million human cells of 561 data sets, of which 27.4 million passed the paper's quality filters, as `input_ids`, at
+most 2,048 token ids of genes, most distinctive first, and their `length`. `lengths.npy` beside the rows holds all
+lengths (int32), which a length-grouped sampler needs; the publisher's is a pickle, and is not read.
 
-    python datasets_scripts/genecorpus30m.py --output data/genecorpus30m                        # 100 GB from the Hub
+    python datasets_scripts/genecorpus30m.py --output data/genecorpus30m                        # 122 GB from the Hub
     python datasets_scripts/genecorpus30m.py --data-dir genecorpus_30M_2048.dataset --output data/genecorpus30m
     python datasets_scripts/genecorpus30m.py --config h5ad --data-dir FOLDER --output data/mine
 
@@ -74,6 +74,13 @@ class Genecorpus30M(CorpusBuilder):
 
     config: GenecorpusConfig
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.config.name == "h5ad":
+            # The cells are the user's own.
+            own = {"license": "other", "pretty_name": "Cells as tokens of Genecorpus-30M"}
+            self.CARD = {**self.CARD, **own}  # type: ignore[misc]
+
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--tokenizer", help="config h5ad: folder of a tokenizer; absent: Geneformer's V1")
@@ -86,7 +93,7 @@ class Genecorpus30M(CorpusBuilder):
             description=__doc__ or "",
             features=datasets.Features(features),
             homepage="https://huggingface.co/datasets/ctheodoris/Genecorpus-30M",
-            license="Apache-2.0",
+            license="Apache-2.0" if self.config.name == "default" else "that of the files",
             citation="Theodoris et al., Transfer learning enables predictions in network biology, "
             "Nature 618, 616-624 (2023), doi:10.1038/s41586-023-06139-9",
         )
@@ -97,7 +104,8 @@ class Genecorpus30M(CorpusBuilder):
         if self.config.name == "h5ad":
             names = sorted(p.name for p in folder.iterdir() if p.suffix in COUNT_FILES) if folder else []
             if not names:
-                raise CorpusError(f"Config h5ad reads the .h5ad and .loom files of --data-dir; {folder} has none.")
+                given = folder or "a folder not given"
+                raise CorpusError(f"Config h5ad reads the .h5ad and .loom files of --data-dir; {given} has none.")
             return [*([] if self.config.tokenizer else published), *map(Source, names)]
         if folder is None or not (folder / STATE).exists():
             return published

@@ -14,7 +14,8 @@ default    the triplet text of GEO: all 799,317 nuclei and 110,983 genes (human,
            for well and plate each. Nuclei without a called well have null treatments
 scperturb  the same as harmonized by scPerturb, release 1.4. Earlier releases name each gene by the one before it and
            are refused. Structures are joined from GEO's table by the name of the drug
-chemcpa    290,888 cells x 2,000 genes of chemCPA: `expression`, log(1 + counts scaled to the median depth), not `count`
+chemcpa    the nuclei and 2,000 genes that chemCPA kept: `expression`, log(1 + counts scaled to the median depth), not
+           `count`
 h5ad       every .h5ad in --data-dir with raw counts (layer "counts", else X) and obs as in these suites: cell_type or
            cell_line; product_name, condition or perturbation; dose or dose_value in nM (or in the unit of dose_unit);
            and, where there are such, SMILES, pathway, target, replicate, time_point or time, vehicle or control
@@ -57,7 +58,7 @@ CELLS = "GSM4150378_sciPlex3_A549_MCF7_K562_screen_cell.annotations.txt.gz"
 GENES = "GSM4150378_sciPlex3_A549_MCF7_K562_screen_gene.annotations.txt.gz"
 PDATA = "GSM4150378_sciPlex3_pData.txt.gz"
 WELLS = "GSM4150378_sciPlex3_A549_MCF7_K562_hashTable_metadata.txt.gz"
-# GEO publishes no checksums; these are what published reanalyses recorded of its files.
+# GEO publishes no checksums; these are what a published reanalysis recorded of its files.
 SHA256 = {
     MATRIX: "7d632716aa6ed0fc1780996003d0abc440ff78340609bceaaa4c8ade9345d00a",
     CELLS: "5db11591747a49f07ceb90a070971d60816591911f1022171adba7d8d032f379",
@@ -117,7 +118,8 @@ class SciPlex3(CorpusBuilder):
         folder = Path(self.config.data_dir or ".")
         names = sorted(path.name for path in folder.glob("*.h5ad")) if self.config.data_dir else []
         if not names:
-            raise CorpusError(f"Config h5ad reads the .h5ad files of --data-dir; {self.config.data_dir} has none.")
+            given = self.config.data_dir or "a folder not given"
+            raise CorpusError(f"Config h5ad reads the .h5ad files of --data-dir; {given} has none.")
         return [Source(name) for name in names]
 
     def splits(self, files: dict[str, Path]) -> dict[str, list[Part]]:

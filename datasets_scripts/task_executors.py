@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
 from collections import deque
@@ -183,10 +184,17 @@ class SlurmExecutor(SlurmPipelineExecutor):
             print(f"No sbatch here: the scripts above were not submitted. They are in {self.logging_dir.path}.")
             return
         job = None
-        for offset in range(math.ceil(len(ranks) / n_jobs)):
-            after = [f"--dependency=afterany:{job}"] if job else []
-            job = launch_slurm_job(array, self.job_id_retriever, f"--export=ALL,RUN_OFFSET={offset}", *after)
-        last = launch_slurm_job(finish, self.job_id_retriever, f"--dependency=afterany:{job}")
+        try:
+            for offset in range(math.ceil(len(ranks) / n_jobs)):
+                after = [f"--dependency=afterany:{job}"] if job else []
+                job = launch_slurm_job(array, self.job_id_retriever, f"--export=ALL,RUN_OFFSET={offset}", *after)
+            last = launch_slurm_job(finish, self.job_id_retriever, f"--dependency=afterany:{job}")
+        except subprocess.CalledProcessError as error:
+            submitted = f"Job {job} was submitted before: scancel it. " if job else ""
+            raise CorpusError(
+                f"sbatch ended with status {error.returncode}, for a reason that it gives above. {submitted}Mend the "
+                "options and run the same command again."
+            ) from error
         print(f"Submitted {len(ranks)} tasks; job {last} finishes the run, or says which of them failed.")
 
     def _written(self, name: str, sbatch_args: dict[str, Any], step: str) -> str:

@@ -464,7 +464,7 @@ def check_counts(
     if bad.any() and not allow_normalized:
         raise ValueError(
             f"{where(bad)}, not an integer: this looks normalized or log-transformed, and rank values need raw counts. "
-            f"{_counts_hint(matrix)} allow_normalized=True goes on with the values as they are."
+            f"{_counts_hint(matrix)} allow_normalized=True, where it is offered, takes the values as they are."
         )
 
 

@@ -88,7 +88,9 @@ class NonzeroMedians:
         if other._bins_gb is not None:
             self._to_sketch()
             assert self._bins_gb is not None
-            self._bins_gb[positions[: len(other._bins_gb)]] += other._bins_gb
+            # Row by row: indexed at once, the sum would be made in a copy of all bins.
+            for position, counts in zip(positions[: len(other._bins_gb)], other._bins_gb, strict=True):
+                self._bins_gb[position] += counts
         self.n_cells += other.n_cells
 
     def save(self, path: Path | str) -> None:
