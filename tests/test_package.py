@@ -32,6 +32,12 @@ def test_public_names_exist():
         cellglot.Geneformr  # noqa: B018
 
 
+def test_the_import_itself_imports_no_heavy_library():
+    code = "import sys, cellglot; print(*{'torch', 'transformers', 'anndata', 'pandas', 'numpy'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.split()) == (0, []), result.stderr
+
+
 def test_model_and_tokenizer_code_never_reaches_out():
     """modeling/ and tokenization/ know nothing of train/, spaces/, datasets_scripts/; models nothing of AnnData."""
     for folder in ("modeling", "tokenization"):

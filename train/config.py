@@ -1,5 +1,6 @@
 """Run configuration: a dataclass, a YAML recipe that lists only differences, and command-line overrides."""
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -46,6 +47,25 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, desc
         parser.error(str(error))
 
 
+def chosen_option(name: str, argv: list[str]) -> str | None:
+    """The value of one option on the command line, else in the recipe, before it is known which options there are.
+
+    Returns None where neither has it, or the recipe cannot be read: `parse_config` then says what is wrong with it.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(f"--{name}", dest="value")
+    parser.add_argument("--recipe")
+    try:
+        given, _ = parser.parse_known_args(argv)
+        if given.value is not None or given.recipe is None:
+            return given.value
+        recipe = yaml.safe_load(Path(given.recipe).read_text(encoding="utf-8"))
+    except (argparse.ArgumentError, OSError, yaml.YAMLError):
+        return None
+    value = recipe.get(name) if isinstance(recipe, dict) else None
+    return None if value is None else str(value)
+
+
 def _pop_recipe(argv: list[str], parser: Any) -> str | None:
     """Removes --recipe FILE from argv, so that its options can be put before the others."""
     for i, word in enumerate(argv):
@@ -81,8 +101,15 @@ def _recipe_flags(path: Path, names: list[str], parser: Any) -> list[str]:
             # YAML reads a bare `no` as false, which an option with that choice does not mean.
             choices = next(a.choices for a in parser._actions if a.dest == key)
             value = "no" if value is False and "no" in (choices or ()) else value
-            flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+            flags += [f"--{key}", *_words(value)]
     return flags
+
+
+def _words(value: Any) -> list[str]:
+    """A recipe's value as words: items of a list, `name=item` of a mapping to items or lists of them."""
+    if isinstance(value, dict):
+        return [f"{name}={word}" for name, items in value.items() if items is not None for word in _words(items)]
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 def _unknown_keys(unknown: list[str], names: list[str]) -> str:

@@ -6,11 +6,17 @@ from typing import Any
 import numpy as np
 
 
-def plot_loss_curve(log: Sequence[dict[str, Any]], references: dict[str, float] | None = None, ax: Any = None) -> Any:
+def plot_loss_curve(
+    log: Sequence[dict[str, Any]],
+    references: dict[str, float] | None = None,
+    *,
+    ylabel: str = "masked-gene loss (nats)",
+    ax: Any = None,
+) -> Any:
     """Training loss (thin: each step; thick: running mean) and validation loss over steps, reference losses as lines.
 
     log         lines of `metrics.jsonl`
-    references  name -> loss in nats
+    references  name -> loss in the unit of the log
     """
     import matplotlib.pyplot as plt
 
@@ -26,8 +32,8 @@ def plot_loss_curve(log: Sequence[dict[str, Any]], references: dict[str, float] 
     if points:
         ax.plot(*zip(*points, strict=True), color="tab:orange", marker="o", markersize=3, label="validation")
     for style, (name, value) in zip(("--", ":", "-."), (references or {}).items(), strict=False):
-        ax.axhline(value, color="gray", linestyle=style, linewidth=1, label=f"{name} ({value:.2f})")
-    ax.set(xlabel="optimizer step", ylabel="masked-gene loss (nats)", title="Pre-training")
+        ax.axhline(value, color="gray", linestyle=style, linewidth=1, label=f"{name} ({value:.3g})")
+    ax.set(xlabel="optimizer step", ylabel=ylabel, title="Pre-training")
     ax.legend(frameon=False)
     return ax
 

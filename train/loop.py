@@ -237,18 +237,21 @@ def mean_loss(
     accelerator: Accelerator,
     *,
     max_tokens: int,
+    batch_size: int = 256,
     seeds: Sequence[int] = (0,),
     count_items: Callable[[dict[str, Any]], int] | None = None,
     packed: bool = False,
 ) -> float:
     """Loss per labelled item over a data set, the same whatever the number of processes. One pass for each seed.
 
+    batch_size  examples that are dealt to the processes together
+
     All processes call the model equally often, as FSDP2 and ZeRO-3 need.
     """
     total = torch.zeros(2, dtype=_widest(accelerator.device), device=accelerator.device)
     plan = EpochPlan(
         lengths,
-        batch_size=256,
+        batch_size=batch_size,
         max_tokens=max_tokens,
         packed=packed,
         n_processes=accelerator.num_processes,

@@ -68,8 +68,12 @@ class LoopConfig:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other.")
 
+    def free_options(self) -> set[str]:
+        """Options that may differ when a run is resumed, because the losses do not depend on them."""
+        return FREE_OPTIONS - {"eval_every"} if self.patience else FREE_OPTIONS
 
-# Options that may differ when a run is resumed, because the losses do not depend on them
+
+# Those that are free whatever the method
 FREE_OPTIONS = {"output", "resume", "overwrite", "max_tokens", "log_every", "eval_every", "save_every", "keep_last"}
 FREE_OPTIONS |= {"trackers", "num_workers", "cpu_threads", "gradient_checkpointing", "report", "cell_type", "baselines"}
 
@@ -93,7 +97,7 @@ def check_same_options(path: Path, before: dict[str, Any], config: LoopConfig) -
     current = json.loads(json.dumps(dataclasses.asdict(config)))
     # Options that are newer than what is on disk had the value that is now their default.
     before = {**json.loads(json.dumps(dataclasses.asdict(type(config)()))), **before}
-    free = FREE_OPTIONS - {"eval_every"} if config.patience else FREE_OPTIONS
+    free = config.free_options()
     changed = [k for k, v in current.items() if k not in free and before[k] != v]
     if changed:
         what = ", ".join(f"{key} was {before[key]!r} and is {current[key]!r}" for key in changed[:3])

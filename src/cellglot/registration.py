@@ -16,12 +16,16 @@ from typing import Any, NamedTuple
 
 
 class Method(NamedTuple):
-    """What a method registers. `package` is relative to cellglot and lazy; `models` maps Auto class to model class."""
+    """What a method registers. `package` is relative to cellglot and lazy; `models` maps Auto class to model class.
+
+    Tokenizer and feature extractor are (module, class), where a method has them.
+    """
 
     package: str
     config: str
     models: dict[str, str | tuple[str, ...]]
-    tokenizer: tuple[str, str]
+    tokenizer: tuple[str, str] | None = None
+    feature_extractor: tuple[str, str] | None = None
 
 
 METHODS = {
@@ -31,15 +35,25 @@ METHODS = {
         {
             "AutoModel": "GeneformerModel",
             "AutoModelForMaskedLM": "GeneformerForMaskedLM",
-            # transformers takes the one that the checkpoint's `architectures` names, else the first.
+            # Of several, transformers takes the one that the checkpoint's `architectures` names, else the first.
             "AutoModelForSequenceClassification": (
                 "GeneformerForSequenceClassification",
                 "GeneformerForMultiTaskSequenceClassification",
             ),
             "AutoModelForTokenClassification": "GeneformerForTokenClassification",
         },
-        ("tokenization.rank_value", "RankValueTokenizer"),
+        tokenizer=("tokenization.rank_value", "RankValueTokenizer"),
     ),
+    "cross_species": Method(
+        "modeling.cross_species",
+        "CrossSpeciesConfig",
+        {
+            "AutoModel": "CrossSpeciesModel",
+            "AutoModelForPreTraining": ("CrossSpeciesForMaskedReconstruction", "CrossSpeciesForTranslation"),
+        },
+        feature_extractor=("tokenization.pca_projection", "PCAProjectionFeatureExtractor"),
+    ),
+    "saucie": Method("modeling.baselines", "SaucieConfig", {"AutoModel": "SaucieModel"}),
 }
 
 # Task -> its pipeline in `pipelines`, and what loads its model in `loading`
@@ -71,10 +85,20 @@ def _register_models(modeling_auto: Any) -> None:
 
 def _register_tokenizers(tokenization_auto: Any) -> None:
     for method in METHODS.values():
-        config = getattr(_module(method.package), method.config)
-        module, name = method.tokenizer
-        tokenizer = getattr(_module(module), name)
-        tokenization_auto.AutoTokenizer.register(config, fast_tokenizer_class=tokenizer, exist_ok=True)
+        if method.tokenizer is not None:
+            config = getattr(_module(method.package), method.config)
+            module, name = method.tokenizer
+            tokenizer = getattr(_module(module), name)
+            tokenization_auto.AutoTokenizer.register(config, fast_tokenizer_class=tokenizer, exist_ok=True)
+
+
+def _register_feature_extractors(feature_extraction_auto: Any) -> None:
+    for method in METHODS.values():
+        if method.feature_extractor is not None:
+            config = getattr(_module(method.package), method.config)
+            module, name = method.feature_extractor
+            extractor = getattr(_module(module), name)
+            feature_extraction_auto.AutoFeatureExtractor.register(config, extractor, exist_ok=True)
 
 
 def _register_pipelines(pipelines: Any) -> None:
@@ -118,6 +142,7 @@ def _register_when_imported() -> None:
         f"{auto}.configuration_auto": _register_configs,
         f"{auto}.modeling_auto": _register_models,
         f"{auto}.tokenization_auto": _register_tokenizers,
+        f"{auto}.feature_extraction_auto": _register_feature_extractors,
         "transformers.pipelines": _register_pipelines,
     }
     for name in list(callbacks):

@@ -5,10 +5,12 @@ from typing import Literal
 
 import pytest
 
-from cellglot.train.config import option, parse_config, write_run_record
+from cellglot.train import pretrain
+from cellglot.train.config import chosen_option, option, parse_config, write_run_record
 from cellglot.train.finetune import FinetuneConfig
 from cellglot.train.loop import LoopConfig
-from cellglot.train.pretrain import PretrainConfig
+from cellglot.train.pretrain_cross_species import CrossSpeciesPretrainConfig
+from cellglot.train.pretrain_geneformer import PretrainConfig
 
 
 @dataclass
@@ -32,6 +34,8 @@ def test_defaults_recipe_and_command_line_in_that_order(tmp_path):
     assert parse_config(Tiny, words) == Tiny(0.01, 7, None, False, ["p", "q"])  # type: ignore[arg-type]
     assert parse_config(Tiny, recipe(tmp_path, "names: []\nsteps: null")) == Tiny(names=[])
     assert parse_config(LoopConfig, recipe(tmp_path, "mixed_precision: no")).mixed_precision == "no"
+    words = recipe(tmp_path, "names: {a: x, b: [y, z], c: null}")
+    assert parse_config(Tiny, words).names == ["a=x", "b=y", "b=z"]
     words = recipe(tmp_path, "rate: 1e-2\nsteps: 7\nflag: false\nnames: [p, q]\n")
     assert parse_config(Tiny, ["--rate", "3", *words, "--kind=b", "--flag", "true"]) == Tiny(
         3.0, 7, "b", True, ["p", "q"]
@@ -89,10 +93,32 @@ def test_impossible_values_are_errors(words, capsys):
 
 def test_recipes_in_the_tree_parse():
     recipes = sorted((Path(__file__).parents[2] / "train" / "recipes").glob("*.yaml"))
+    # Those of align.py: test_align.py
+    recipes = [path for path in recipes if not path.name.startswith("align_")]
     assert recipes
+    kinds = {"finetune": FinetuneConfig, "cross": CrossSpeciesPretrainConfig}
     for path in recipes:
-        kind = FinetuneConfig if path.name.startswith("finetune") else PretrainConfig
-        assert parse_config(kind, ["--recipe", str(path)]) != kind()
+        kind = kinds.get(path.name.split("_")[0], PretrainConfig)
+        config = parse_config(kind, ["--recipe", str(path)])
+        assert config != kind()
+        # A recipe finds its own script's part.
+        assert (chosen_option("method", ["--recipe", str(path)]) or "geneformer") == getattr(
+            config, "method", "geneformer"
+        )
+
+
+def test_the_method_is_that_of_the_command_line_else_of_the_recipe(tmp_path, capsys):
+    words = recipe(tmp_path, "method: cross_species\nn_components: 7")
+    assert chosen_option("method", []) is None
+    assert chosen_option("method", ["--n_components", "7", *words]) == "cross_species"
+    assert chosen_option("method", [*words, "--method=geneformer"]) == "geneformer"
+    # What is wrong with a recipe is the method's to say.
+    assert chosen_option("method", ["--recipe", "nowhere.yaml"]) is None
+    with pytest.raises(SystemExit, match="unknown method 'crossspecies'; expected one of geneformer, cross_species"):
+        pretrain.main(["--method", "crossspecies"])
+    with pytest.raises(SystemExit):
+        pretrain.main([*words, "--method=geneformer"])
+    assert "unknown option 'n_components'" in capsys.readouterr().err
 
 
 def test_run_record_says_what_the_run_depends_on(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from cellglot.train import on_the_fly, pretrain
+from cellglot.train import on_the_fly, pretrain, pretrain_geneformer
 from cellglot.train.batches import EpochPlan
 from cellglot.train.metrics_log import read_metrics
 from cellglot.train.on_the_fly import OnTheFlyCells, measure_lengths
@@ -173,7 +173,7 @@ def test_counts_stored_by_gene_are_refused(corpus, tmp_path):
 
 def test_more_than_one_worker_is_refused():
     with pytest.raises(ValueError, match="num_workers 0 or 1, found 2"):
-        pretrain.PretrainConfig(on_the_fly=True, num_workers=2)
+        pretrain_geneformer.PretrainConfig(on_the_fly=True, num_workers=2)
 
 
 def test_training_reads_cells_alike_with_a_worker_and_after_an_interruption(tmp_path):

@@ -15,7 +15,8 @@ from cellglot import GeneformerForMaskedLM, RankValueTokenizer
 from cellglot.tokenization.medians import vocabulary_from_corpus
 from cellglot.tokenization.rank_value import SPECIAL_TOKENS
 from cellglot.train.metrics_log import read_metrics
-from cellglot.train.pretrain import PretrainConfig, main
+from cellglot.train.pretrain import main
+from cellglot.train.pretrain_geneformer import PretrainConfig
 from cellglot.train.pretraining_data import find_sources, prepare_data
 from cellglot.train.pretraining_report import labelled_cells
 
