@@ -132,3 +132,9 @@ def common_genes(names_of_files: Sequence[tuple[str, Sequence[str]]]) -> list[st
             "that hold the same kind of identifier with gene_ids=, or fit them as sources of their own."
         )
     return genes
+
+
+def symbols_of(matrix: CountMatrix) -> list[str]:
+    """What people call the genes: the first of the columns of `var` with symbols, else its index."""
+    column = next((name for name in GENE_SYMBOL_COLUMNS if name in matrix.var), None)
+    return [str(name) for name in (matrix.var.index if column is None else matrix.var[column])]

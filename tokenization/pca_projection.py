@@ -31,8 +31,8 @@ from transformers.feature_extraction_utils import BatchFeature, FeatureExtractio
 from transformers.utils.hub import cached_file
 
 from .count_matrix import CountMatrix
-from .gene_ids import GeneMatch, GeneResolver, examples
-from .log_expression import LogExpression, common_genes, open_cells
+from .gene_ids import GeneMatch, GeneResolver, canonical_id, examples
+from .log_expression import LogExpression, common_genes, open_cells, symbols_of
 from .split_products import CELLS_PER_PRODUCT, GeneSplit, linear
 from .streaming_pca import OVERSAMPLING, PASSES, ExpressionMoments, principal_components
 
@@ -50,6 +50,7 @@ class SourceProjection:
     """What was fitted on one data set.
 
     gene_ids              genes that were kept
+    gene_symbols          what the first file that has them calls these genes besides, or their ids again
     mean_g                (genes,) float32 mean of their log-normalized expression
     scale                 factor from log-normalized expression to [-50, 50]
     components_kg         (components, genes) float32, orthonormal rows
@@ -59,6 +60,7 @@ class SourceProjection:
     """
 
     gene_ids: list[str]
+    gene_symbols: list[str]
     mean_g: np.ndarray
     scale: float
     components_kg: np.ndarray
@@ -218,6 +220,10 @@ class PCAProjectionFeatureExtractor(FeatureExtractionMixin):
     def gene_ids(self, source: str) -> list[str]:
         """Genes of a source: the columns of `inverse`."""
         return list(self.projection(source).gene_ids)
+
+    def gene_symbols(self, source: str) -> list[str]:
+        """Symbols of these genes, as the cells that were fitted had them; the ids again where they had no others."""
+        return list(self.projection(source).gene_symbols)
 
     # ---- projecting
 
@@ -467,12 +473,15 @@ class _SourceFit:
         if not parts:
             raise ValueError(f"Source {name!r} has no cells: expected an AnnData, a path, or a list of these.")
         self.masks, self.n_cells, named = [], 0, []
+        self.symbols: dict[str, str] = {}
         for part in parts:
             with self._open(part) as matrix:
                 here, mask = _first_cells(mask, matrix)
                 self.masks.append(matrix.passing_cells(here))
                 self.n_cells += matrix.n_cells if self.masks[-1] is None else int(self.masks[-1].sum())
                 named.append((matrix.name, matrix.gene_names(self.column)))
+                for gene, symbol in zip(named[-1][1], symbols_of(matrix), strict=True):
+                    self.symbols.setdefault(canonical_id(gene), symbol)
         _check_used_up(mask)
         self.gene_ids = common_genes(named)
         self.transform = LogExpression(GeneResolver(self.gene_ids), target_sum, allow_fractional)
@@ -522,6 +531,7 @@ class _SourceFit:
         found = principal_components(blocks, self.mean_g, n_components, passes=passes, **settings)
         return SourceProjection(
             self.gene_ids,
+            [self.symbols[gene] for gene in self.gene_ids],
             self.mean_g.astype(np.float32),
             self.scale,
             found.components_kg,
@@ -584,6 +594,7 @@ def _write_projections(path: Path, projections: Mapping[str, SourceProjection]) 
         tensors[f"{name}.explained_variance"] = projection.explained_variance_k
         facts[name] = {
             "gene_ids": projection.gene_ids,
+            "gene_symbols": projection.gene_symbols,
             "total_variance": projection.total_variance,
             "n_cells": projection.n_cells,
         }
@@ -606,6 +617,7 @@ def _read_projections(path: Path, config: Mapping[str, Any]) -> dict[str, Source
             )
             projections[name] = SourceProjection(
                 facts["gene_ids"],
+                facts["gene_symbols"],
                 mean,
                 float(scale),
                 components,

@@ -54,7 +54,7 @@ def translate_cells(
                        that matches most
     Returns            an AnnData, or the path with `output`. X: (cells, genes of the target) float32 log-normalized
                        expression, of which a linear inverse makes some values slightly negative; obs as in the input;
-                       var_names the target's gene ids; uns["translation"] says how
+                       var_names the target's gene ids, var["gene_symbol"] their symbols; uns["translation"] says how
     Raises             ValueError for a source, target or pair that the model does not know, a model and an extractor
                        that do not belong together, and cells without counts; FileExistsError for an output that is
                        there
@@ -75,7 +75,7 @@ def translate_cells(
                     yield feature_extractor.inverse(translated, target)
                     bar.update(len(block))
 
-        annotations = _annotations(matrix, feature_extractor.gene_ids(target))
+        annotations = _annotations(matrix, feature_extractor.gene_ids(target), feature_extractor.gene_symbols(target))
         annotations.uns["translation"] = {
             "source": source,
             "target": target,
@@ -167,12 +167,12 @@ def _new_h5ad(output: Path, overwrite: bool) -> Path:
     return output
 
 
-def _annotations(matrix: CountMatrix, gene_ids: list[str]) -> Any:
+def _annotations(matrix: CountMatrix, gene_ids: list[str], gene_symbols: list[str]) -> Any:
     """AnnData (cells, genes of the target) without X."""
     import anndata as ad
     import pandas as pd
 
-    return ad.AnnData(obs=matrix.obs.copy(), var=pd.DataFrame(index=pd.Index(gene_ids)))
+    return ad.AnnData(obs=matrix.obs.copy(), var=pd.DataFrame({"gene_symbol": gene_symbols}, index=pd.Index(gene_ids)))
 
 
 def _stacked(blocks: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:

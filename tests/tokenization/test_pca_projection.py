@@ -55,6 +55,23 @@ def log_normalized(adata, genes=None):
     return expression if genes is None else expression[:, adata.var_names.get_indexer(genes)]
 
 
+def test_genes_keep_the_symbols_that_the_cells_had(tmp_path):
+    cells = synthetic_cells(N, G)
+    ids = list(cells.var_names)
+    symbols = [f"GENE{i}" for i in range(G)]
+    named = cells.copy()
+    named.var = pd.DataFrame({"ensembl_id": ids}, index=pd.Index(symbols))
+    column = cells.copy()
+    column.var["feature_name"] = symbols
+    for given in (named, column):
+        fit({"human": given}).save_pretrained(tmp_path)
+        loaded = PCAProjectionFeatureExtractor.from_pretrained(tmp_path)
+        kept = dict(zip(ids, symbols, strict=True))
+        assert loaded.gene_symbols("human") == [kept[gene] for gene in loaded.gene_ids("human")]
+    plain = fit({"human": cells})
+    assert plain.gene_symbols("human") == plain.gene_ids("human")
+
+
 # ---- what is computed
 
 
