@@ -19,28 +19,32 @@ DEPTH_SPREAD = 0.35
 SIMULATED_AT_ONCE = 500
 
 
-def generate(work: Path, n_cells: int, n_genes: int, n_collapsing: int, seed: int) -> Path:
+def generate(
+    work: Path, n_cells: int, n_genes: int, n_collapsing: int, seed: int, *, detected_share: float = DETECTED_SHARE
+) -> Path:
     """Path of an `.h5ad` of simulated cells, made if it is not there.
 
-    n_collapsing  columns whose name is another column's gene with a version
+    n_collapsing    columns whose name is another column's gene with a version
+    detected_share  of the genes, in a cell on average
     """
     import anndata.io
     import h5py
     import pandas as pd
 
-    path = work / f"cells-{n_cells}-genes-{n_genes}-collapsing-{n_collapsing}-seed-{seed}.h5ad"
+    density = "" if detected_share == DETECTED_SHARE else f"-detected-{detected_share}"
+    path = work / f"cells-{n_cells}-genes-{n_genes}-collapsing-{n_collapsing}{density}-seed-{seed}.h5ad"
     if path.exists():
         return path
     rng = np.random.default_rng(seed)
     genes = np.array(vocabulary_genes())[rng.permutation(N_VOCABULARY)[:n_genes]]
     if n_collapsing:
         genes[-n_collapsing:] = [f"{gene}.7" for gene in genes[:n_collapsing]]
-    mean_g = mean_counts(rng, n_genes)
+    mean_g = mean_counts(rng, n_genes, detected_share)
     partial = path.with_suffix(".tmp")
     with h5py.File(partial, "w") as file:
         group = file.create_group("X")
         # Sized as it will be, about, so that the chunks come out as when anndata writes the whole.
-        expected = int(n_cells * n_genes * DETECTED_SHARE)
+        expected = int(n_cells * n_genes * detected_share)
         values, columns = (
             group.create_dataset(name, (expected,), kind, compression="gzip", maxshape=(None,))
             for name, kind in (("data", np.float32), ("indices", np.int32))
@@ -71,14 +75,14 @@ def generate(work: Path, n_cells: int, n_genes: int, n_collapsing: int, seed: in
     return path
 
 
-def mean_counts(rng: np.random.Generator, n_genes: int) -> np.ndarray:
+def mean_counts(rng: np.random.Generator, n_genes: int, detected_share: float = DETECTED_SHARE) -> np.ndarray:
     """(genes,) log-normal mean counts of a cell of median depth, scaled to the detected share."""
     mean_g = rng.lognormal(0, 2.0, n_genes)
     depths = rng.lognormal(0, DEPTH_SPREAD, 100)[:, None]
     low, high = 1e-9, 1e9
     for _ in range(60):
         middle = np.sqrt(low * high)
-        enough = (1 - np.exp(-depths * middle * mean_g)).mean() > DETECTED_SHARE
+        enough = (1 - np.exp(-depths * middle * mean_g)).mean() > detected_share
         low, high = (low, middle) if enough else (middle, high)
     return mean_g * low
 
