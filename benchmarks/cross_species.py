@@ -7,8 +7,8 @@ cortex and hippocampus (Zeisel et al. 2015, 200 genes). A seed is a split of the
 initialization; genes, PCA, models and alignments are fitted on training cells, without labels, and everything is
 measured on held-out ones. ± is a 95% interval over seeds. Pictures go beside the JSON.
 
-A split takes a minute on one core; finished ones below --work are not computed again. Data: the folder CELLGLOT_DATA, else ../shared/data. Harmony and
-scVI are measured where the extra `benchmark-cross-species` is installed.
+A split takes a minute on one core; finished ones below --work are not computed again. Data: the folder CELLGLOT_DATA,
+else ../shared/data. Harmony and scVI are measured where the extra `benchmark-cross-species` is installed.
 """
 
 import argparse

@@ -113,7 +113,10 @@ def test_auto_classes_with_and_without_cellglot_give_identical_outputs(checkpoin
         found = load_file(out)
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), (route, name)
+            # Other processes may have other numbers of threads, and so other orders of sums.
+            torch.testing.assert_close(
+                found[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, r=route, n=name: f"{r}, {n}: {m}"
+            )
 
 
 @pytest.mark.parametrize(
