@@ -105,9 +105,10 @@ def principal_components(
     k_mg = torch.empty(0, n_genes, device=mean.device)
     ck_mg, new_lg, n_cells = k_mg, start, 0
     for _ in range(passes):
-        q_lg = _orthonormal(new_lg[: n_genes - len(k_mg)], k_mg)
-        if not len(q_lg):
+        if len(k_mg) == n_genes or 0 < n_cells <= len(k_mg):
+            # K C spans all that there is.
             break
+        q_lg = _orthonormal(new_lg[: n_genes - len(k_mg)], k_mg)
         new_lg, n_cells = _covariance_product(blocks(), mean, q_lg)
         k_mg, ck_mg = torch.cat([k_mg, q_lg]), torch.cat([ck_mg, new_lg])
     if n_cells < 2:

@@ -96,7 +96,7 @@ def model_directory(checkpoints):
 
 
 @pytest.mark.slow
-def test_auto_classes_with_and_without_cellglot_give_identical_outputs(checkpoints, tmp_path, monkeypatch):
+def test_auto_classes_with_and_without_cellglot_give_the_same_outputs(checkpoints, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 
     root, expected = checkpoints
@@ -108,7 +108,10 @@ def test_auto_classes_with_and_without_cellglot_give_identical_outputs(checkpoin
         found = load_file(out)
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), (route, name)
+            # Other processes may have other numbers of threads, and so other orders of sums.
+            torch.testing.assert_close(
+                found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, r=route, n=name: f"{r}, {n}: {m}"
+            )
 
 
 @pytest.mark.slow
