@@ -67,6 +67,6 @@ def draw_heatmaps(matrices: dict[str, pd.DataFrame], path: Path) -> None:
         # Of each mouse type the nearest human class
         ax.plot(range(matrix.shape[1]), values.argmin(axis=0), "r.", markersize=7)
         ax.set_title(name, fontsize=9)
-        figure.colorbar(image, ax=ax, shrink=0.8)
+        figure.colorbar(image, ax=ax, shrink=0.8, label="Wasserstein distance" if ax is axes[-1] else "")
     figure.tight_layout()
     save_figure(axes[0], path)

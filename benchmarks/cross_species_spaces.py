@@ -185,8 +185,6 @@ def alignments(split: Split) -> dict[str, Alignment]:
     options: dict[str, Any] = {"seed": split.seed, "progress": False}
     adversarial = adversarial_alignment(x, y, ADVERSARIAL, restarts=range(2), **options)
     started = adversarial_alignment(x, y, ADVERSARIAL, start=genes.forward_dd, restarts=[0], **options)
-    assert adversarial is not None
-    assert started is not None
     return {
         "adversarial": adversarial,
         "adversarial from genes": started,
@@ -242,7 +240,7 @@ def saucie(name: str, inputs: dict[str, np.ndarray], split: Split, **penalties: 
     return Space(name, {s: output.embeddings.numpy() for s, output in found.items()}, back)
 
 
-def harmony(split: Split, seed: int) -> Space | None:
+def harmony(split: Split) -> Space | None:
     """Harmony on the shared-ortholog PCA of all cells: it has no way to place new ones, so it sees held-out cells."""
     if importlib.util.find_spec("harmonypy") is None:
         return None
@@ -252,7 +250,7 @@ def harmony(split: Split, seed: int) -> Space | None:
     species = np.repeat(NAMES, [len(cells[name]) for name in NAMES])
     meta = pd.DataFrame({"species": species})
     found = harmonypy.run_harmony(
-        np.concatenate([cells[name] for name in NAMES]), meta, "species", random_state=seed, verbose=False
+        np.concatenate([cells[name] for name in NAMES]), meta, "species", random_state=split.seed, verbose=False
     )
     corrected = np.asarray(found.Z_corr)
     corrected = corrected if len(corrected) == len(species) else corrected.T
@@ -310,6 +308,6 @@ def spaces(split: Split, models: dict[str, Any], found: dict[str, Alignment]) ->
     on_orthologs.reconstructions = None  # of other components
     yield on_orthologs
     yield shared
-    for space in (harmony(split, split.seed), scvi(split)):
+    for space in (harmony(split), scvi(split)):
         if space is not None:
             yield space

@@ -86,8 +86,10 @@ def resampled_wasserstein(
 
     n_cells  drawn of each set, at the most, and at most 80% of it
     sliced   whether distances are sliced ones
-    Raises   as `exact_wasserstein`
+    Raises   as `exact_wasserstein`, and ValueError for no cells or resamples
     """
+    if n_cells < 1 or n_resamples < 1:
+        raise ValueError(f"Expected n_cells and n_resamples of 1 or more, found {n_cells} and {n_resamples}.")
     distance: Any = sliced_wasserstein if sliced else exact_wasserstein
     rng = np.random.default_rng(seed)
 

@@ -41,7 +41,7 @@ def _from_counts(counts: Any, gene_ids: Sequence[str] | None) -> CountMatrix:
     import pandas as pd
 
     if hasattr(counts, "to_sparse_csr"):
-        counts = counts.detach().cpu().to_dense().numpy()
+        counts = _from_tensor(counts.detach().cpu())
     dense_or_sparse: Any = counts if sp.issparse(counts) else np.atleast_2d(counts)
     rows = sp.csr_matrix(dense_or_sparse)
     names = [] if gene_ids is None else [str(gene) for gene in gene_ids]
@@ -49,6 +49,17 @@ def _from_counts(counts: Any, gene_ids: Sequence[str] | None) -> CountMatrix:
         raise ValueError(f"Counts have {rows.shape[1]:,} columns, but gene_ids names {len(names):,}: name each column.")
     obs, var = pd.DataFrame(index=pd.RangeIndex(rows.shape[0]).astype(str)), pd.DataFrame(index=pd.Index(names))
     return CountMatrix("counts", obs, var, lambda start, stop: rows[start:stop], {}, concurrent=True)
+
+
+def _from_tensor(counts: Any) -> Any:
+    """A tensor's values as NumPy has them, or SciPy if it is sparse."""
+    import torch
+
+    if counts.layout is torch.strided:
+        return counts.numpy()
+    rows = counts.to_sparse_csr()
+    parts = (rows.values().numpy(), rows.col_indices().numpy(), rows.crow_indices().numpy())
+    return sp.csr_matrix(parts, shape=tuple(rows.shape))
 
 
 @dataclass(frozen=True)

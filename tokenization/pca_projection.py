@@ -31,7 +31,7 @@ from transformers.feature_extraction_utils import BatchFeature, FeatureExtractio
 from transformers.utils.hub import cached_file
 
 from .count_matrix import CountMatrix
-from .gene_ids import GeneMatch, GeneResolver, canonical_id, examples
+from .gene_ids import GeneMatch, GeneResolver, canonical_id, examples, is_named
 from .log_expression import LogExpression, common_genes, open_cells, symbols_of
 from .split_products import CELLS_PER_PRODUCT, GeneSplit, linear
 from .streaming_pca import OVERSAMPLING, PASSES, ExpressionMoments, principal_components
@@ -165,6 +165,11 @@ class PCAProjectionFeatureExtractor(FeatureExtractionMixin):
         options = {"target_sum": target_sum, "allow_fractional": allow_fractional}
         if not sources:
             raise ValueError("Expected at least one source to fit, found none.")
+        if (target_sum is not None and target_sum <= 0) or oversampling < 0:
+            raise ValueError(
+                f"Expected a positive target_sum, or None, and oversampling of 0 or more; found {target_sum} and "
+                f"{oversampling}."
+            )
         for given, what in ((cells, "cells"), (layer, "layer"), (gene_ids, "gene_ids")):
             unknown = sorted(set(given) - set(sources)) if isinstance(given, Mapping) else []
             if unknown:
@@ -210,6 +215,8 @@ class PCAProjectionFeatureExtractor(FeatureExtractionMixin):
 
         Raises  ValueError for a source that was not fitted
         """
+        if not self._projections:
+            raise ValueError("Nothing was fitted: PCAProjectionFeatureExtractor.fit({name: cells, ...}) makes one.")
         if source not in self._projections:
             raise ValueError(
                 f"Expected one of the sources {examples(self.sources, len(self.sources))}, found {source!r}. "
@@ -394,8 +401,9 @@ class PCAProjectionFeatureExtractor(FeatureExtractionMixin):
                 n := self._resolvers.setdefault(name, GeneResolver(self.gene_ids(name))).match(match.gene_ids).n_matched
             )
         ]
+        named = [gene for gene in match.gene_ids if is_named(gene)]
         raise ValueError(
-            f"{matrix.name}: none of its {matrix.n_genes:,} genes (e.g. {examples(match.gene_ids)}) is among the "
+            f"{matrix.name}: none of its {matrix.n_genes:,} genes (e.g. {examples(named)}) is among the "
             f"{len(self.gene_ids(source)):,} of source {source!r} (e.g. {examples(self.gene_ids(source))}). "
             + (f"{'; '.join(other)}: name that source. " if other else "")
             + "Pass the column of `var` with such identifiers as gene_ids=."
@@ -411,7 +419,10 @@ class PCAProjectionFeatureExtractor(FeatureExtractionMixin):
                 "name": name,
                 "n_cells": projection.n_cells,
                 "n_genes": len(projection.gene_ids),
-                "explained_variance_share": float(projection.explained_variance_k.sum() / projection.total_variance),
+                # Both are sums of rounded numbers.
+                "explained_variance_share": min(
+                    float(projection.explained_variance_k.sum() / projection.total_variance), 1.0
+                ),
             }
             for name, projection in self._projections.items()
         ]

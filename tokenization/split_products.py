@@ -1,8 +1,8 @@
 """Products of sparse cells with dense matrices, the genes that many cells express apart from the rest.
 
 In a cell a few thousand genes hold most of the counts. Columns of those are multiplied as dense ones by vector units
-(oneDNN), the others as sparse ones by SciPy, a part of them in each thread: nearly twice as fast as all of them either
-way (`benchmarks/pca_projection.py`). On a GPU all columns are dense ones.
+(oneDNN), the others as sparse ones by SciPy, a part of them in each thread. `benchmarks/pca_projection.py` holds the
+speed against products of all columns as sparse ones. On a GPU all columns are dense ones.
 
 Axis letters: n cells, g genes, k rows of the dense matrix.
 """

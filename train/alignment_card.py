@@ -100,6 +100,12 @@ def _limits_first(report: dict[str, Any]) -> list[str]:
                 f"**`{best}` carries classes between {source} and {target} better than the method of this model "
                 f"(mean macro F1 {score[best] / 2:.3f} against {score[report['method']] / 2:.3f}).**"
             )
+        if not any(f1 == f1 for f1 in score.values()):
+            lines.append(
+                f"**No class of cells is known by one name in both {source} and {target}, so that nothing here says "
+                "whether cells lie with their own type: align with `--cell_type`, and `--classes` to name alike what "
+                "the sources name differently.**"
+            )
     least = min(n["train"] for n in report["n_cells"].values())
     if least < 10_000:
         lines.append(

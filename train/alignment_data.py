@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from cellglot.tokenization.pca_projection import PCAProjectionFeatureExtractor
+from cellglot.tokenization.pca_projection import PCAProjectionFeatureExtractor, ProjectionReport
 
 from .cross_species_data import TRAIN, UNUSED, VALIDATION, CellSource, by_source, cell_annotations, find_sources
 from .ortholog_table import SharedGenes, read_orthologs, shared_genes
@@ -41,11 +41,12 @@ class SourceCells:
 def run_options(config: Any) -> CrossSpeciesPretrainConfig:
     """Options of the pre-training run that the model is of, from the run.json beside it; those of `config` go first.
 
-    Cells that were held out there are then held out here.
+    Cells that were held out there are then held out here. An aligned model's run.json has them as `pretraining`.
     Raises  ValueError where no cells are given and there is no run beside the model
     """
     path = Path(config.model).parent / "run.json"
-    run = json.loads(path.read_text(encoding="utf-8"))["config"] if path.exists() else {}
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    run = record.get("pretraining") or record.get("config", {})
     if not config.sources and not run.get("sources"):
         raise ValueError(
             f"{path} is not there, which would name the cells that {config.model} was trained on: pass --sources "
@@ -98,7 +99,13 @@ def _load_source(
         raise ValueError(f"Source {source.name!r} has {len(train)} training cells: two are the least.")
     wanted = np.zeros(len(source.split), dtype=bool)
     wanted[train] = wanted[held_out] = True
-    blocks = list(project(source, extractor, wanted, device, progress=progress))
+    report = ProjectionReport()
+    blocks = list(project(source, extractor, wanted, device, progress=progress, report=report))
+    if report.n_empty_cells == report.n_cells:
+        raise ValueError(
+            f"Source {source.name!r}: none of its {report.n_cells:,} cells has counts of the model's genes. See "
+            "whether these are counts of cells."
+        )
     projections = torch.from_numpy(np.concatenate(blocks)).to(device)
     is_train = torch.from_numpy(source.split[wanted] == TRAIN).to(device)
     classes: Any = (None, None, None)
@@ -116,9 +123,11 @@ def project(
     device: torch.device,
     *,
     progress: bool,
+    report: ProjectionReport | None = None,
 ) -> Any:
-    """Blocks of projections of the wanted cells of a source, in order."""
-    blocks = extractor.iter_projections(source.parts, source.name, mask=wanted, device=device, **source.options)
+    """Blocks of projections of the wanted cells of a source, in order; the report is filled meanwhile."""
+    options = {**source.options, "report": report}
+    blocks = extractor.iter_projections(source.parts, source.name, mask=wanted, device=device, **options)
     with tqdm(total=int(wanted.sum()), desc=f"cells of {source.name}", unit="cell", disable=not progress) as bar:
         for block in blocks:
             yield block
@@ -167,7 +176,9 @@ def shared_expression(
 
     Raises  ValueError if there is none, OSError for a table that cannot be read
     """
-    genes = shared_genes(read_orthologs(Path(path)), extractor.gene_ids(a), extractor.gene_ids(b), name=path)
+    symbols = (extractor.gene_symbols(a), extractor.gene_symbols(b))
+    table = read_orthologs(Path(path))
+    genes = shared_genes(table, extractor.gene_ids(a), extractor.gene_ids(b), name=path, symbols=symbols)
     components = (
         torch.from_numpy(extractor.projection(name).components_kg[:, index]).to(device)
         for name, index in ((a, genes.index_a), (b, genes.index_b))

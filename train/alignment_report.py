@@ -1,6 +1,7 @@
 """What an alignment is worth on held-out cells beside other methods and none; matchability; the model directory."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cellglot.metrics.label_transfer import label_transfer
 from cellglot.metrics.wasserstein import resampled_wasserstein
 
 from .alignment_card import alignment_card
-from .alignment_data import SourceCells, cell_names, project
+from .alignment_data import SourceCells, cell_names, project, run_options
 from .config import write_json, write_run_record
 from .model_directory import write_model_directory
 
@@ -63,7 +64,7 @@ def write_report(
         model, extractor, output / "model", card=alignment_card(report, config), report=report, files={}
     )
     write_json(output / "report.json", report)
-    write_run_record(output / "run.json", config, data=fingerprint)
+    write_run_record(output / "run.json", config, data=fingerprint, pretraining=asdict(run_options(config)))
     print(format_methods(rows))
 
 

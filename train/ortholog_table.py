@@ -1,5 +1,6 @@
 """Tables of orthologs: which gene of one species is which of another, from the files people have."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -41,7 +42,10 @@ def read_orthologs(path: Path) -> pd.DataFrame:
     if suffix not in SEPARATORS:
         raise ValueError(f"{path}: expected orthologs as .csv, .tsv, .txt, .rpt or .parquet, found {suffix!r}.")
     # A header is a row like others, in which no gene is found.
-    table = pd.read_csv(path, sep=SEPARATORS[suffix], header=None, dtype=str)
+    try:
+        table = pd.read_csv(path, sep=SEPARATORS[suffix], header=None, dtype=str)
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{path} is empty: expected a pair of genes a row.") from None
     header = set(table.iloc[0].dropna())
     if header & set(MGI_CLASSES):
         return _one_to_one(mgi_orthologs(path).to_pandas())
@@ -54,14 +58,22 @@ def _one_to_one(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["one_to_one"]].astype("string") if "one_to_one" in table else table.astype("string")
 
 
-def shared_genes(table: pd.DataFrame, genes_a: Sequence[str], genes_b: Sequence[str], *, name: str) -> SharedGenes:
+def shared_genes(
+    table: pd.DataFrame,
+    genes_a: Sequence[str],
+    genes_b: Sequence[str],
+    *,
+    name: str,
+    symbols: tuple[Sequence[str], Sequence[str]] | None = None,
+) -> SharedGenes:
     """One-to-one orthologs among the genes of two sources, by the two columns that name most of them.
 
-    table   of `read_orthologs`; a gene that stands in pairs with several others is left out
-    name    of the table, for messages
-    Raises  ValueError if the sources share none
+    table    of `read_orthologs`; a gene that stands in pairs with several others is left out
+    name     of the table, for messages
+    symbols  what the genes of either source are called besides, which the table may name them by
+    Raises   ValueError if the sources share none
     """
-    found = [{canonical_id(gene): i for i, gene in enumerate(genes)} for genes in (genes_a, genes_b)]
+    found = [_positions(*named) for named in zip((genes_a, genes_b), symbols or ((), ()), strict=True)]
     names = table.map(lambda gene: canonical_id(gene) if isinstance(gene, str) else None)
     best, columns = pd.DataFrame(columns=["a", "b"]), (0, 1)
     for first, second in permutations(range(names.shape[1]), 2):
@@ -81,3 +93,11 @@ def shared_genes(table: pd.DataFrame, genes_a: Sequence[str], genes_b: Sequence[
         best[side].map(positions).to_numpy(dtype=np.int64) for side, positions in zip("ab", found, strict=True)
     )
     return SharedGenes(index_a, index_b, (str(table.columns[columns[0]]), str(table.columns[columns[1]])))
+
+
+def _positions(genes: Sequence[str], symbols: Sequence[str]) -> dict[str, int]:
+    """Name -> position of the gene that it means: its id, or a symbol that no other gene has."""
+    called = [canonical_id(symbol) for symbol in symbols]
+    n_of = Counter(called)
+    own = {symbol: i for i, symbol in enumerate(called) if n_of[symbol] == 1}
+    return own | {canonical_id(gene): i for i, gene in enumerate(genes)}

@@ -1,4 +1,5 @@
-"""The rotation between two halves of real cells is recovered by the adversary alone, from a random start."""
+"""The rotation between two halves of real cells: recovered by the adversary alone from a start some way off, and by the
+whole method from the principal axes."""
 
 import math
 from dataclasses import replace

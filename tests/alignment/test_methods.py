@@ -102,3 +102,26 @@ def test_adversarial_starts_from_a_given_map_of_any_scale(planted):
     )
     check(found, planted, least=0.999)
     check_similarity(found, planted)
+
+
+@pytest.mark.parametrize("method", ["adversarial", "orthologs", "genes", "transport"])
+def test_clouds_that_cannot_be_aligned_are_refused(planted, method):
+    def align(x, y):
+        if method == "adversarial":
+            return adversarial_alignment(x, y, OPTIONS, progress=False)
+        if method == "genes":
+            return gene_alignment(x, y, planted["genes"], planted["genes"])
+        fit = ortholog_alignment if method == "orthologs" else transport_alignment
+        return fit(x, y, planted["x_ng"][: len(x)], planted["y_mg"][: len(y)])
+
+    x, y = planted["x"], planted["y"]
+    for clouds, message in (
+        ((x[:, 1:], y), r"as many components on either side.*found \(155, 10\) and \(155, 11\)"),
+        ((x, y[:0]), r"found \(155, 11\) and \(0, 11\)"),
+        ((x, y * torch.nan), "Some target cells hold NaN"),
+        ((x * 0, y), "All 155 source cells are zero"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            align(*clouds)
+    with pytest.raises(ValueError, match="one restart at least"):
+        adversarial_alignment(x, y, OPTIONS, restarts=[], progress=False)

@@ -123,5 +123,7 @@ def test_what_cannot_be_compared_is_refused():
         sliced_wasserstein(x, np.where(x == x[0, 0], np.nan, x))
     with pytest.raises(ValueError, match="order 1 or 2"):
         exact_wasserstein(x, x, order=3)
+    with pytest.raises(ValueError, match="n_cells and n_resamples of 1 or more, found 0 and 10"):
+        resampled_wasserstein(np.ones((3, 2)), np.ones((3, 2)), n_cells=0)
     with pytest.raises(ValueError, match="share no class"):
         wasserstein_by_class(x, ["a"] * 5, x, ["b"] * 5)

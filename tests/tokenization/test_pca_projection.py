@@ -177,6 +177,8 @@ def test_source_names_give_the_index_of_a_model(extractor, sources):
 def test_an_unseen_source_is_refused_with_the_known_ones(extractor, sources):
     with pytest.raises(ValueError, match=r"Expected one of the sources 'human', 'mouse', found 'rat'"):
         extractor(sources["human"], "rat")
+    with pytest.raises(ValueError, match="Nothing was fitted"):
+        PCAProjectionFeatureExtractor()(sources["human"], "human")
     with pytest.raises(ValueError, match="found 'rat'"):
         extractor.inverse(np.zeros((1, K), dtype=np.float32), "rat")
 
@@ -325,6 +327,8 @@ def test_expected_counts_of_a_quantifier_go_through_when_allowed(sources):
         ({"min_cells": N + 1}, "0 of 61 genes in 98 cells or more"),
         ({"gene_ids": "symbol"}, "var has no column 'symbol'"),
         ({"n_components": 0}, "at least one"),
+        ({"target_sum": 0}, "Expected a positive target_sum"),
+        ({"oversampling": -1}, "oversampling of 0 or more"),
     ],
 )
 def test_a_fit_that_cannot_be_is_refused(sources, given, told):
@@ -409,7 +413,21 @@ def test_a_parquet_file_beside_its_genes_is_a_part_of_the_corpus(extractor, sour
     np.testing.assert_allclose(extractor([first, second], "human")["projections"], expected, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("kind", [np.asarray, sp.csr_matrix, sp.csc_matrix, torch.from_numpy])
+def sparse_tensor(counts):
+    """Coordinates, every count in two parts of one place."""
+    half = torch.from_numpy(counts).to_sparse()
+    indices, values = torch.cat([half.indices()] * 2, dim=1), torch.cat([half.values() - 1, torch.ones(half._nnz())])
+    return torch.sparse_coo_tensor(indices, values, half.shape, check_invariants=True)
+
+
+def csr_tensor(counts):
+    return torch.from_numpy(counts).to_sparse_csr()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize(
+    "kind", [np.asarray, sp.csr_matrix, sp.csc_matrix, torch.from_numpy, sparse_tensor, csr_tensor]
+)
 def test_counts_in_arrays_project_as_annotated_ones(extractor, sources, kind):
     adata = sources["human"]
     counts, expected = kind(adata.X.toarray()), extractor(adata, "human")["projections"]
@@ -419,7 +437,7 @@ def test_counts_in_arrays_project_as_annotated_ones(extractor, sources, kind):
     found = extractor(kind(kept.X.toarray()), "human")["projections"]
     np.testing.assert_array_equal(found, extractor(kept.copy(), "human")["projections"])
     with pytest.raises(ValueError, match="name each column"):
-        extractor(counts[:, :5], "human")
+        extractor(kind(adata.X[:, :5].toarray()), "human")
 
 
 def test_symbols_are_found_beside_identifiers(sources):

@@ -18,7 +18,7 @@ from cellglot import CrossSpeciesConfig, CrossSpeciesForMaskedReconstruction, PC
 from cellglot.modeling.cross_species import CrossSpeciesForTranslation
 from cellglot.train import align
 from cellglot.train.align import AlignConfig, main
-from cellglot.train.alignment_data import SharedExpression, run_options
+from cellglot.train.alignment_data import SharedExpression, run_options, shared_expression
 from cellglot.train.config import parse_config, write_run_record
 from cellglot.train.ortholog_table import SharedGenes
 from cellglot.train.pretrain_cross_species import CrossSpeciesPretrainConfig
@@ -165,6 +165,8 @@ def test_classes_of_other_names_are_made_one(folder, tmp_path):
         main(words(folder, "procrustes_genes", run, sources=sources, classes=classes))
         f1 = json.loads((run / "report.json").read_text())["methods"][1]["f1_to_target"]
         assert (f1 is not None and f1 > 0.9) == shared
+        card = (run / "model" / "README.md").read_text()
+        assert ("No class of cells is known by one name" in card[: card.index("## Loading")]) == (not shared)
 
 
 def test_options_of_the_pre_training_run_stand_in_for_those_not_given(folder, tmp_path):
@@ -176,6 +178,33 @@ def test_options_of_the_pre_training_run_stand_in_for_those_not_given(folder, tm
     assert options == ran
     given = run_options(AlignConfig(model=str(tmp_path / "model"), validation_fraction=0.2, layer=["counts"]))
     assert (given.validation_fraction, given.layer, given.seed) == (0.2, ["counts"], 5)
+
+
+def test_an_aligned_model_is_aligned_anew_on_the_same_cells(finished, folder, tmp_path):
+    given = {"model": finished / "model", "sources": None, "cell_type": None, "validation_fraction": None, "seed": 3}
+    main(words(folder, "procrustes_genes", tmp_path / "run", **given))
+    first, again = (json.loads((run / "report.json").read_text()) for run in (finished, tmp_path / "run"))
+    assert again["n_cells"] == first["n_cells"]
+    assert again["data"] == first["data"]
+    # Genes leave nothing to chance: the same cells held out have the same figures.
+    rows = [next(row for row in r["methods"] if row["method"] == "procrustes_genes") for r in (first, again)]
+    assert rows[0]["f1_to_target"] == rows[1]["f1_to_target"]
+    assert rows[0]["criterion"] == pytest.approx(rows[1]["criterion"], rel=1e-5)
+
+
+def test_symbols_join_sources_that_have_other_ids(folder, tmp_path):
+    """A table of symbols, and human cells by Ensembl ids that have symbols besides."""
+    human = ad.read_h5ad(folder / "human.h5ad")
+    human.var["gene_symbol"] = [f"GENE{HUMAN.index(name)}" for name in human.var_names]
+    sources = {"human": human, "mouse": folder / "mouse.h5ad"}
+    extractor = PCAProjectionFeatureExtractor.fit(sources, n_components=D, progress=False)
+    path = tmp_path / "symbols.csv"
+    table = pd.DataFrame({"human": [f"GENE{i}" for i in range(N_GENES)], "mouse": MOUSE})
+    table.to_csv(path, index=False)
+    shared = shared_expression(str(path), extractor, "mouse", "human", torch.device("cpu")).shared
+    pairs = zip(shared.index_a, shared.index_b, strict=True)
+    joined = {(extractor.gene_ids("mouse")[i], extractor.gene_ids("human")[j]) for i, j in pairs}
+    assert joined == set(zip(MOUSE, HUMAN, strict=True))
 
 
 def test_shared_expression_in_few_coordinates_keeps_inner_products():
@@ -222,7 +251,11 @@ def test_bad_input_is_named(folder, tmp_path, capsys):
     wrong = [f"human={folder / 'human.h5ad'}", f"rat={folder / 'mouse.h5ad'}"]
     few = tmp_path / "few.h5ad"
     brain(MOUSE, 2, 0).write_h5ad(few)
+    zero, counted = tmp_path / "zero.h5ad", brain(MOUSE, 40, 0)
+    counted.X = sp.csr_matrix(np.zeros(counted.shape, dtype=np.float32))
+    counted.write_h5ad(zero)
     cases = [
+        ({"sources": [wrong[0], f"mouse={zero}"]}, "none of its 40 cells has counts of the model's genes"),
         ({"orthologs": tmp_path / "other.csv"}, "joins no gene"),
         ({"orthologs": None}, "needs --orthologs FILE"),
         ({"sources": wrong}, "Expected one of the sources 'human', 'mouse', found 'rat'"),

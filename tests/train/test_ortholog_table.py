@@ -72,11 +72,26 @@ def test_parquet_of_gene_networks(tmp_path):
     assert found(tmp_path, ["AA", "BB"], ["Aa", "Bb"])[0] == [("BB", "Bb")]
 
 
+def test_symbols_join_genes_that_the_table_has_no_ids_of(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("AA,Aa\nBB,Bb\nCC,Cc\n")
+    # Two human genes are called BB, so that it names neither; the mouse's ids are symbols already.
+    symbols = (["AA", "BB", "BB"], ["Cc", "Bb", "Aa"])
+    shared = shared_genes(read_orthologs(path), HUMAN, ["Cc", "Bb", "Aa"], name="pairs", symbols=symbols)
+    assert (shared.index_a.tolist(), shared.index_b.tolist()) == ([0], [2])
+    # What is a gene's id means that gene, whatever others are called.
+    shared = shared_genes(read_orthologs(path), ["AA", "X"], ["Aa", "Y"], name="pairs", symbols=(["Z", "AA"], ["", ""]))
+    assert (shared.index_a.tolist(), shared.index_b.tolist()) == ([0], [0])
+
+
 def test_tables_that_join_nothing_are_refused(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("human,mouse\nTP53,Trp53\nBRCA1,Brca1\n")
     with pytest.raises(ValueError, match=r"joins no gene of the one source.*ENSG00000000011.*TP53, Trp53"):
         found(path, HUMAN, ["Trp53"])
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"pairs\.csv is empty"):
+        read_orthologs(path)
     with pytest.raises(ValueError, match=r"found '\.xlsx'"):
         read_orthologs(tmp_path / "pairs.xlsx")
 

@@ -5,7 +5,8 @@ ortholog_alignment     rotation on pairs of cells that are each other's nearest 
 gene_alignment         rotation on the orthologous genes themselves: the coefficients of a gene in either PCA are a pair
 transport_alignment    linear map to where transport sends each cell; with orthologs, or by distances within either set
 
-All but a least-squares map are a rotation times a scale, so that the way back is the inverse.
+All but a least-squares map are a rotation times a scale, so that the way back is the inverse. All raise ValueError for
+clouds that hold no cells, differ in components, or are not finite.
 Axis letters: n source cells, m target cells, d components, g shared genes.
 """
 
@@ -60,6 +61,7 @@ def adversarial_alignment(
     restarts     numbers of the restarts, at least one, which decide their seeds: processes may share them out
     refinements  iterations of `refine`; 0 for the adversarial rotation itself
     """
+    _check_clouds(x_nd, y_md)
     options = options or AdversarialOptions()
     best: Alignment | None = None
     for restart in restarts:
@@ -81,7 +83,8 @@ def adversarial_alignment(
         }
         if best is None or refined.criterion > best.criterion:
             best = _similarity(refined.map_dd, refined.criterion, facts)
-    assert best is not None, "no restarts"
+    if best is None:
+        raise ValueError("Expected the number of one restart at least, found none.")
     return best
 
 
@@ -93,6 +96,8 @@ def ortholog_alignment(
     x_nd, y_md  (source cells, d), (target cells, d)
     x_ng, y_mg  the same cells' expression of shared one-to-one orthologs, centred by species
     """
+    _check_clouds(x_nd, y_md)
+    _check_clouds(x_ng, y_mg)
     rows, columns = mutual_pairs(x_ng, y_mg, k)
     w = procrustes(x_nd[rows], y_md[columns], scaled=True)
     return _similarity(w, mean_matched_cosine(x_nd @ w.T, y_md, k), {"pairs": len(rows)})
@@ -106,6 +111,7 @@ def gene_alignment(
     x_nd, y_md  (source cells, d), (target cells, d): for the scale, the ratio of their root mean squares
     x_dg, y_dg  (d, g) components of either PCA, columns of the shared one-to-one orthologs in one order
     """
+    _check_clouds(x_nd, y_md)
     spread = (y_md.square().mean() / x_nd.square().mean()).sqrt()
     w = procrustes(x_dg.T, y_dg.T) * spread
     return _similarity(w, mean_matched_cosine(x_nd @ w.T, y_md, k), {"genes": x_dg.shape[1]})
@@ -130,6 +136,7 @@ def transport_alignment(
                 by any distance, because it draws cells to the means of their types
     options     of `coupling`
     """
+    _check_clouds(x_nd, y_md)
     cost = None if x_ng is None or y_mg is None or kind == "gromov" else cosine_cost(x_ng, y_mg)
     plan = coupling(x_nd, y_md, cost, kind=kind, **options)
     to_y, of_x = barycentric_map(plan, y_md)
@@ -142,6 +149,20 @@ def transport_alignment(
     to_x, of_y = barycentric_map(plan.T, x_nd)
     w, back = least_squares(x_nd, to_y, of_x, ridge=ridge), least_squares(y_md, to_x, of_y, ridge=ridge)
     return Alignment(w, back, mean_matched_cosine(x_nd @ w.T, y_md, k), facts)
+
+
+def _check_clouds(x_nd: torch.Tensor, y_md: torch.Tensor) -> None:
+    """Raises ValueError unless both clouds have cells of the same components, finite and not all zero."""
+    if x_nd.ndim != 2 or y_md.ndim != 2 or x_nd.shape[1] != y_md.shape[1] or not len(x_nd) or not len(y_md):
+        raise ValueError(
+            "Expected cells of as many components on either side, (n, d) and (m, d); found "
+            f"{tuple(x_nd.shape)} and {tuple(y_md.shape)}."
+        )
+    for side, cloud in (("source", x_nd), ("target", y_md)):
+        if not cloud.isfinite().all():
+            raise ValueError(f"Some {side} cells hold NaN or infinite values: leave them out.")
+        if not cloud.any():
+            raise ValueError(f"All {len(cloud):,} {side} cells are zero: there is nothing to align.")
 
 
 def _similarity(w_dd: torch.Tensor, criterion: float, facts: dict[str, Any]) -> Alignment:
