@@ -31,7 +31,7 @@ from cellglot.datasets_scripts.ragged_counts import GENE_TABLE, ragged_columns, 
 from cellglot.datasets_scripts.source_counts import source_counts
 from cellglot.tokenization.count_matrix import CountMatrix, check_counts
 from cellglot.tokenization.gene_ids import GENE_SYMBOL_COLUMNS, canonical_id, is_ensembl_id, is_named
-from cellglot.tokenization.token_batches import obs_column
+from cellglot.tokenization.obs_columns import obs_column
 
 # Columns of the schema; a column of obs of the same name gets "obs_" before its own.
 RESERVED = ("cell_name", "gene_index", "count", "source")

@@ -17,7 +17,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from cellglot.tokenization.count_matrix import CELLS_PER_BLOCK, CSC_VALUES_PER_PASS, CountMatrix, open_counts
-from cellglot.tokenization.token_batches import obs_column
+from cellglot.tokenization.obs_columns import obs_column
 from cellglot.train.fingerprint import fingerprint
 
 COUNT_FILES = (".h5ad", ".loom", ".h5")

@@ -1,8 +1,8 @@
 """Raw counts from the files labs have, read in blocks of cells.
 
-`open_counts` turns an AnnData, an `.h5ad` (CSR, CSC or dense; X, a layer or `raw`), a `.loom`, a 10x `.h5` or a 10x
-`.mtx` folder into a `CountMatrix`. Files are never loaded whole: memory is bounded by the block. (An `.mtx` folder is
-text, and is.)
+`open_counts` turns an AnnData, an `.h5ad` or a modality of an `.h5mu` (CSR, CSC or dense; X, a layer or `raw`), a
+`.loom`, a 10x `.h5` or a 10x `.mtx` folder into a `CountMatrix`. Files are never loaded whole: memory is bounded by the
+block. (An `.mtx` folder is text, and is.)
 
 Axis letters: n cells, g genes.
 """
@@ -150,12 +150,13 @@ class CountMatrix:
 
 
 @contextlib.contextmanager
-def open_counts(source: Any, *, layer: str | None = None) -> Iterator[CountMatrix]:
+def open_counts(source: Any, *, layer: str | None = None, modality: str | None = None) -> Iterator[CountMatrix]:
     """The count matrix of an AnnData or file, open while the context lasts.
 
-    source  AnnData, CountMatrix, or path of an `.h5ad`, `.loom`, 10x `.h5` file or 10x `.mtx` folder
-    layer   None for X, "raw" for `raw`, else a name in `layers`
-    Raises  FileNotFoundError, OSError (truncated or corrupt file), ValueError (unknown layer or format)
+    source    AnnData, CountMatrix, or path of an `.h5ad`, `.h5mu`, `.loom`, 10x `.h5` file or 10x `.mtx` folder
+    layer     None for X, "raw" for `raw`, else a name in `layers`
+    modality  of an `.h5mu`
+    Raises    FileNotFoundError, OSError (truncated or corrupt file), ValueError (unknown layer, modality or format)
     """
     if isinstance(source, CountMatrix):
         yield source
@@ -177,6 +178,7 @@ def open_counts(source: Any, *, layer: str | None = None) -> Iterator[CountMatri
         yield _from_10x_folder(path)
         return
     readers = {".h5ad": _from_h5ad, ".loom": _from_loom, ".h5": _from_10x_h5}
+    readers[".h5mu"] = lambda file, layer: _from_h5ad(_modality_of_h5mu(file, modality), layer)
     if path.suffix not in readers:
         raise ValueError(f"{path}: expected one of {', '.join(readers)} or a 10x .mtx folder, found {path.suffix!r}.")
     import h5py
@@ -186,7 +188,7 @@ def open_counts(source: Any, *, layer: str | None = None) -> Iterator[CountMatri
         with _named_read_errors(path):
             file = stack.enter_context(h5py.File(path, "r"))
             matrix = readers[path.suffix](file, layer)
-        matrix.name = str(path)
+        matrix.name = str(path) if modality is None else f"{path}, {modality}"
         yield matrix
 
 
@@ -246,11 +248,19 @@ def _from_anndata(adata: Any, layer: str | None) -> CountMatrix:
     return CountMatrix("AnnData", adata.obs, adata.raw.var if layer == "raw" else adata.var, read, others)
 
 
-def _from_h5ad(file: Any, layer: str | None) -> CountMatrix:
+def _modality_of_h5mu(file: Any, modality: str | None) -> Any:
+    """The group of a MuData file that is laid out as an `.h5ad`."""
+    if modality not in file["mod"]:
+        raise InputError(f"{file.filename} has the modalities {', '.join(file['mod'])}; {modality!r} was asked for.")
+    return file["mod"][modality]
+
+
+def _from_h5ad(group: Any, layer: str | None) -> CountMatrix:
     import h5py
     from anndata.io import read_elem
 
-    if isinstance(file.get("obs"), h5py.Dataset):
+    name = group.file.filename
+    if isinstance(group.get("obs"), h5py.Dataset):
         # Written by AnnData before 0.7, with tables as compound data sets. Rare enough to be read whole.
         import warnings
 
@@ -258,18 +268,18 @@ def _from_h5ad(file: Any, layer: str | None) -> CountMatrix:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _from_anndata(anndata.read_h5ad(file.filename), layer)
+            return _from_anndata(anndata.read_h5ad(name), layer)
 
-    x = file.get("X")
+    x = group.get("X")
     # X may be an empty placeholder (encoding "null") when the counts live in a layer.
     x = None if x is not None and x.attrs.get("encoding-type") == "null" else x
-    layers = dict(file["layers"]) if "layers" in file else {}
-    raw = file.get("raw/X")
-    chosen = _pick_layer(file.filename, layer, x, layers, raw)
+    layers = dict(group["layers"]) if "layers" in group else {}
+    raw = group.get("raw/X")
+    chosen = _pick_layer(name, layer, x, layers, raw)
     return CountMatrix(
-        file.filename,
-        read_elem(file["obs"]),
-        read_elem(file["raw/var" if layer == "raw" else "var"]),
+        name,
+        read_elem(group["obs"]),
+        read_elem(group["raw/var" if layer == "raw" else "var"]),
         _h5_reader(chosen),
         {name: _h5_reader(element) for name, element in _others(layer, x, layers, raw).items()},
         concurrent=not _is_csc(chosen),

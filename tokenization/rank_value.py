@@ -22,7 +22,8 @@ from .block_encoding import BlockEncoder, EncodedBlock, encoded_blocks
 from .count_matrix import CELLS_PER_BLOCK, CountMatrix, open_counts
 from .gene_ids import GENE_ID_COLUMNS, GeneMatch, GeneResolver, examples
 from .gene_tables import read_aliases, read_table
-from .token_batches import obs_column, token_batch
+from .obs_columns import obs_column
+from .token_batches import token_batch
 from .tokenization_report import TokenizationReport
 
 logger = logging.getLogger(__name__)

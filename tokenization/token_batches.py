@@ -8,20 +8,6 @@ import numpy as np
 from .block_encoding import EncodedBlock
 
 
-def obs_column(values: Any) -> Any:
-    """A column of obs as one Arrow array: its type must not depend on the block, which may hold missing values only.
-
-    Raises  ValueError if the column mixes types
-    """
-    import pyarrow as pa
-
-    try:
-        column = pa.array(values.astype(object) if values.dtype == "category" else values, from_pandas=True)
-    except pa.ArrowException as error:
-        raise ValueError(f"obs[{values.name!r}] mixes types ({error}); convert it, e.g. with .astype(str).") from error
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-
-
 def token_batch(block: EncodedBlock, obs: Mapping[str, Any], *, drop_empty: bool) -> Any:
     """A record batch: input_ids (list of int32, sharing memory with the block), length, and the columns of obs.
 

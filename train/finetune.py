@@ -1,16 +1,21 @@
-"""Fine-tunes a Geneformer to tell cell states or gene states, and says what that is worth beside simple baselines.
+"""Fine-tunes a model to tell cell states or gene states, and says what that is worth beside simple baselines.
+
+A Geneformer, or another method by `--method NAME` or `method: NAME` in the recipe:
 
     accelerate launch train/finetune.py --recipe train/recipes/finetune_pbmc.yaml
     accelerate launch train/finetune.py --model DIR --data cells.h5ad --labels cell_type --split_by donor --folds 5
     accelerate launch train/finetune.py --model DIR --data cells.h5ad --labels cell_type disease
     accelerate launch train/finetune.py --model DIR --data cells.h5ad --gene_labels dosage.tsv --folds 5
+    accelerate launch train/finetune.py --method gene_graph --data cells.h5ad --edges network.tsv --smoothing global
 
 Leaves in the output folder: `model/` (a complete model directory with `id2label`; with k folds, one in each `fold-*/`),
 `metrics.json`, `predictions.csv`, confusion matrix, ROC and loss figures, `run.json`, `metrics.jsonl`, `checkpoints/`.
 """
 
 import dataclasses
+import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,46 +26,42 @@ from transformers.utils import logging as transformers_logging
 
 from cellglot.loading import find_tokenizer
 from cellglot.modeling.geneformer import GeneformerConfig
-from cellglot.train.config import option, parse_config
-from cellglot.train.finetuning_data import CellTable, load_cells, read_gene_labels
+from cellglot.train.config import chosen_option, option, parse_config
+from cellglot.train.finetuning_data import load_cells, read_gene_labels
 from cellglot.train.finetuning_report import report_run
 from cellglot.train.finetuning_run import add_baselines, train_and_test
 from cellglot.train.finetuning_tasks import CellTask, GeneTask, Task
 from cellglot.train.hyperparameter_search import search
-from cellglot.train.loop import LoopConfig, close, make_accelerator
+from cellglot.train.labelled_cells_config import LabelledCellsConfig
+from cellglot.train.loop import close, make_accelerator
 from cellglot.train.output_folder import abandon_output, keep_output, prepare_output
 from cellglot.train.splits import UNLABELLED, Split, check_split, held_out, joint_labels, k_folds
 
+# Method -> the module whose `main` fine-tunes it; Geneformer's is here
+METHODS = {
+    "geneformer": None,
+    "gene_graph": "cellglot.train.finetune_gene_graph",
+    "drug_response": "cellglot.train.finetune_drug_response",
+}
+DEFAULT = "geneformer"
+
 
 @dataclass
-class FinetuneConfig(LoopConfig):
+class FinetuneConfig(LabelledCellsConfig):
     """Options of fine-tuning. Defaults are the paper's (Methods, "Geneformer fine-tuning") where it states them."""
 
+    method: Literal["geneformer"] = option("geneformer", f"what is trained: one of {', '.join(METHODS)}")
     model: str = option("runs/geneformer-pbmc/model", "folder or repository of the model to start from")
     tokenizer: str | None = option(None, "folder of its tokenizer; absent: the model's")
-    data: str | None = option(None, "count file or folder of them; absent: the embedded PBMCs")
     labels: list[str] = option(["cell_type"], "column(s) of obs to predict for cells; several make a multi-task model")
     gene_labels: str | None = option(None, "table of gene_id, label: predicts the state of genes in place of cells")
-    layer: str | None = option(None, "layer with the raw counts, or raw; absent: X")
-    gene_ids: str | None = option(None, "column of var with gene ids; absent: found")
     max_length: int | None = option(None, "tokens of a cell at the most; absent: the model's context")
-    max_cells: int | None = option(None, "cells to use at the most, drawn at random")
-    min_per_class: int = option(0, "labels with fewer cells (or genes) are left out")
-    split_by: str | None = option(None, "column of obs whose groups are never split, e.g. donor or batch")
-    test_groups: list[str] = option([], "groups of split_by to test on; absent: drawn")
-    test_fraction: float = option(
-        0.2,
-        "share to test on, where neither folds nor test_groups are given (nor PBMCs, whose test part is set); 0: none",
-    )
-    validation_fraction: float = option(0.1, "share of the rest for early stopping, search or eval_every, if any is on")
-    folds: int = option(0, "k-fold cross-validation over cells, groups of split_by, or genes; 0: one split")
     untrained: bool = option(False, "starts from random weights of the model's sizes: what did pre-training bring?")
     num_hidden_layers: int | None = option(None, "layers of an untrained network, in place of the model's")
     pooling: Literal["first", "mean"] | None = option(
         None, "what a cell's classifier sees: BERT's pooler of the first token, or the mean; absent: the model's own"
     )
     freeze: int = option(0, "first layers (and the embeddings) to keep as they are")
-    class_weights: Literal["none", "balanced"] = option("none", "balanced: rare classes weigh more in the loss")
     lora_rank: int = option(0, "rank of low-rank adapters, trained in place of the weights; 0: none")
     lora_alpha: float | None = option(None, "scale of the adapters; absent: twice the rank")
     lora_dropout: float = option(0.0, "dropout before the adapters")
@@ -68,7 +69,6 @@ class FinetuneConfig(LoopConfig):
     search_trials: int = option(
         0, "trials of a search for learning rate (around the given one), warm-up, weight decay and frozen layers"
     )
-    baselines: bool = option(True, "fits logistic regression, linear SVM and random forest on the same split")
     output: str = option("runs/geneformer-finetuned", "folder of the run")
     epochs: float = option(1.0, "passes over the training examples")
     batch_size: int = option(12, "cells of an optimizer step, over all processes")
@@ -77,14 +77,10 @@ class FinetuneConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.test_fraction < 1 or not 0 < self.validation_fraction < 1:
-            raise ValueError("test_fraction and validation_fraction must lie between 0 and 1.")
-        if self.folds == 1 or self.folds < 0:
-            raise ValueError("folds must be 0 (one split) or 2 and more.")
-        for name in ("freeze", "lora_rank", "search_trials", "min_per_class"):
+        for name in ("freeze", "lora_rank", "search_trials"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} cannot be negative.")
-        for name in ("max_cells", "max_length", "num_hidden_layers", "lora_alpha"):
+        for name in ("max_length", "num_hidden_layers", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, found {value}.")
@@ -93,8 +89,6 @@ class FinetuneConfig(LoopConfig):
         if len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels names a column twice: {', '.join(self.labels)}.")
         together = [
-            (bool(self.test_groups) and not self.split_by, "test_groups needs split_by, the column they are values of"),
-            (bool(self.test_groups) and self.folds > 0, "test_groups and folds exclude each other"),
             (bool(self.gene_labels) and bool(self.split_by), "split_by is for cells; gene labels are split by gene"),
             (bool(self.gene_labels) and self.pooling is not None, "pooling is for cells, not for gene_labels"),
             (self.quantize != "no" and not self.lora_rank, "quantized weights cannot be trained: add --lora_rank 8"),
@@ -112,8 +106,8 @@ class FinetuneConfig(LoopConfig):
             (self.untrained and self.freeze > 0, "freeze would keep random layers of an untrained network"),
             (self.search_trials > 0 and self.freeze > 0, "search_trials chooses freeze: leave it out"),
             (
-                bool(self.trackers) and bool(self.folds or self.search_trials),
-                "trackers follow one training: leave out folds and search_trials, or read metrics.jsonl",
+                bool(self.trackers) and self.search_trials > 0,
+                "trackers follow one training: leave out search_trials, or read metrics.jsonl",
             ),
         ]
         for wrong, message in together:
@@ -123,7 +117,7 @@ class FinetuneConfig(LoopConfig):
     @property
     def validates(self) -> bool:
         """Whether a part of the training items is put aside to validate on."""
-        return bool(self.patience or self.search_trials or self.eval_every)
+        return bool(super().validates or self.search_trials)
 
 
 def check_inputs(config: FinetuneConfig) -> None:
@@ -159,7 +153,7 @@ def make_task(config: FinetuneConfig, folder: Path, *, is_main_process: bool) ->
             "belong together. Pass --tokenizer with the one that the model was trained with."
         )
     columns = [] if config.gene_labels else list(config.labels)
-    cells = load_cells(
+    cells: Any = load_cells(
         config.data,
         folder,
         tokenizer,
@@ -185,10 +179,13 @@ def make_task(config: FinetuneConfig, folder: Path, *, is_main_process: bool) ->
     return GeneTask(cells, genes, name, model_config.vocab_size, config.min_per_class), tokenizer
 
 
-def usable_cells(cells: CellTable, columns: list[str], config: FinetuneConfig) -> CellTable:
-    """Cells with a label and a group, at most `max_cells`; labels of fewer than `min_per_class` cells do not count."""
+def usable_cells(cells: Any, columns: list[str], config: LabelledCellsConfig) -> Any:
+    """Cells with a label and a group, at most `max_cells`; labels of fewer than `min_per_class` cells do not count.
 
-    def labelled(cells: CellTable) -> np.ndarray:
+    cells  `CellTable` or `ExpressionCells`
+    """
+
+    def labelled(cells: Any) -> np.ndarray:
         known = np.ones(len(cells.obs), dtype=bool)
         if columns:
             known &= (cells.obs[columns] != UNLABELLED).any(axis=1).to_numpy()
@@ -208,7 +205,7 @@ def usable_cells(cells: CellTable, columns: list[str], config: FinetuneConfig) -
     return cells.select(labelled(cells))
 
 
-def make_splits(config: FinetuneConfig, task: Task) -> list[Split]:
+def make_splits(config: LabelledCellsConfig, task: Task) -> list[Split]:
     """Training, validation and test items of each fold, or of the one split.
 
     Raises  ValueError for a split that leaves a label without training items, or a group that is not there
@@ -255,13 +252,36 @@ def make_splits(config: FinetuneConfig, task: Task) -> list[Split]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    method = chosen_option("method", argv) or DEFAULT
+    if method not in METHODS:
+        sys.exit(f"finetune.py: unknown method {method!r}; expected one of {', '.join(METHODS)}.")
+    if METHODS[method] is not None:
+        importlib.import_module(METHODS[method]).main(argv)
+        return
     config = parse_config(FinetuneConfig, argv, description=__doc__)
+    fine_tune(config, check_inputs, make_task, choose=search if config.search_trials else None)
+
+
+def fine_tune(
+    config: Any,
+    check_inputs: Callable[[Any], None],
+    make_task: Callable[..., tuple[Task, Any]],
+    *,
+    choose: Callable[..., Any] | None = None,
+) -> None:
+    """Trains and tests every split of a method's cells (or genes), and reports on them.
+
+    check_inputs  raises what can be known to fail before any data are read
+    make_task     (config, folder for data, is_main_process=) -> the task and its tokenizer, None where cells need none
+    choose        (config, task, tokenizer, split, accelerator) -> configuration to train with, on one process
+    """
     # Its report of newly initialized classifiers is what fine-tuning is about.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         accelerator = make_accelerator(config)
-        if config.search_trials and accelerator.num_processes > 1:
+        if choose is not None and accelerator.num_processes > 1:
             raise ValueError(
                 "search_trials runs on one process: start it without others, then train with what it finds"
             )
@@ -274,8 +294,8 @@ def main(argv: list[str] | None = None) -> None:
             abandon_output(output, accelerator)
             raise
         keep_output(output, accelerator)
-        if config.search_trials:
-            config = search(config, task, tokenizer, splits[0], accelerator)
+        if choose is not None:
+            config = choose(config, task, tokenizer, splits[0], accelerator)
         results = []
         for i, split in enumerate(splits):
             folder = output / f"fold-{i}" if config.folds else output

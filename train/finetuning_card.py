@@ -49,9 +49,9 @@ def finetuning_card(task: Any, config: Any, result: Any, figures: Sequence[str])
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(task, result, data), sort_keys=False, allow_unicode=True)}---",
         f"# Geneformer that tells {what} of {kind}s, fine-tuned on {data}",
-        *_limits_first(result),
+        *limits_first(result),
         "## Loading\n\n" + _LOADING[kind],
-        *([_figures(task, result)] if result.metrics else ["No part of the data was held out: nothing is measured."]),
+        figures_section(task, result),
         *[f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in figures],
         "## Training\n\n" + _training(task, config, result, data),
         _CLOSING,
@@ -79,7 +79,7 @@ def _front_matter(task: Any, result: Any, data: str) -> dict[str, Any]:
     return {**front, **({"model-index": [{"name": "geneformer", "results": results}]} if results else {})}
 
 
-def _limits_first(result: Any) -> list[str]:
+def limits_first(result: Any) -> list[str]:
     """What speaks against the model, at the top."""
     lines = []
     for label, models in result.metrics.items():
@@ -93,7 +93,10 @@ def _limits_first(result: Any) -> list[str]:
     return ["\n\n".join(lines)] if lines else []
 
 
-def _figures(task: Any, result: Any) -> str:
+def figures_section(task: Any, result: Any) -> str:
+    """What was measured on the tested items: each label beside baselines, and class by class."""
+    if not result.metrics:
+        return "No part of the data was held out: nothing is measured."
     parts = [f"## Figures on held-out {'genes' if task.per_gene else 'cells'}"]
     for label, models in result.metrics.items():
         n = models["this model"]["n"]

@@ -77,7 +77,7 @@ def load_cells(
     max_length  tokens of a cell at the most
     Raises      ValueError or OSError for data that cannot be used, or that changed since the run began
     """
-    sources, files, description, held_out = _find_cells(data)
+    sources, files, description, held_out = find_cells(data)
     frames = []
     for i, source in enumerate(sources):
         with open_counts(source, layer=layer) as matrix:
@@ -88,7 +88,7 @@ def load_cells(
                     f"{', '.join(map(str, matrix.obs)) or 'none'}."
                 )
             passing = matrix.passing_cells(np.ones(matrix.n_cells, dtype=bool))
-            frame = matrix.obs[list(columns)].apply(_as_strings)
+            frame = matrix.obs[list(columns)].apply(as_strings)
             frame.index = frame.index.astype(str)
         frames.append(frame.assign(_source=i, _position=np.arange(len(frame)))[passing])
     facts = {"max_length": max_length, "layer": layer, "gene_ids": gene_ids, "medians": tokenizer.gene_medians}
@@ -183,8 +183,12 @@ def read_gene_labels(path: str, tokenizer: Any) -> LabelledGeneList:
     return LabelledGeneList(*(frame[column].to_numpy() for column in ("token", "label", "name")))
 
 
-def _find_cells(data: str | None) -> tuple[list[Any], list[Path], str, np.ndarray | None]:
-    """(sources, files to fingerprint, description, whether each source is held out or None)"""
+def find_cells(data: str | None) -> tuple[list[Any], list[Path], str, np.ndarray | None]:
+    """(sources, files to fingerprint, description, whether each source is held out or None).
+
+    data    a count file, a folder of them, or None for the embedded PBMCs
+    Raises  ValueError for a path without count files
+    """
     if data is None:
         folder = PBMC().prepare()
         sources = [read_ragged(folder, split) for split in ("train", "validation")]
@@ -199,7 +203,7 @@ def _find_cells(data: str | None) -> tuple[list[Any], list[Path], str, np.ndarra
     return list(files), files, path.name if path.is_file() else f"{len(files)} file(s) of {path.name}", None
 
 
-def _as_strings(column: Any) -> Any:
+def as_strings(column: Any) -> Any:
     """A column as strings, "" where missing."""
     return column.astype(object).where(column.notna(), UNLABELLED).astype(str)
 

@@ -12,7 +12,6 @@ from cellglot.metrics.classification import confusion_table
 
 from .config import write_atomically, write_json
 from .figures import plot_confusion, plot_loss_curve, plot_roc
-from .finetuning_card import finetuning_card
 from .finetuning_run import SplitResult, measure
 from .finetuning_tasks import Task
 from .metrics_log import read_metrics
@@ -32,7 +31,7 @@ def write_split(model: Any, tokenizer: Any, task: Task, config: Any, result: Spl
         ax.set(title="Fine-tuning", ylabel="cross-entropy (nats)")
         save_figure(ax, figures["loss_curve.png"])
     report = {"metrics": result.metrics, **result.facts}
-    card = finetuning_card(task, config, result, [*figures])
+    card = task.card(config, result, [*figures])
     write_model_directory(model, tokenizer, result.folder / "model", card=card, report=report, files=figures)
 
 
@@ -40,7 +39,7 @@ def write_card(task: Task, config: Any, result: SplitResult) -> None:
     """Writes the card and the figures of a split's model anew, after baselines were added to them."""
     folder = result.folder / "model"
     pictures = sorted(path.name for path in folder.glob("*.png"))
-    write_atomically(folder / "README.md", finetuning_card(task, config, result, pictures))
+    write_atomically(folder / "README.md", task.card(config, result, pictures))
     write_json(folder / "metrics.json", {"metrics": result.metrics, **result.facts})
 
 

@@ -18,7 +18,6 @@ from cellglot.metrics.classification import classification_metrics
 
 from .batches import EpochPlan
 from .checkpoint import remove_partial
-from .classifier import load_classifier, plain_model
 from .config import write_json
 from .finetuning_tasks import MAX_BASELINE_CELLS, Task
 from .loop import RunError, check_same_options, mean_loss, train
@@ -134,7 +133,7 @@ def train_classifier(config: Any, task: Task, tokenizer: Any, split: Split, acce
         "n_validation": int(split.validation.sum()),
         "n_test": int(split.test.sum()),
     }
-    model = load_classifier(config, task)
+    model = task.load_model(config)
     result = train(
         model,
         examples,
@@ -146,7 +145,7 @@ def train_classifier(config: Any, task: Task, tokenizer: Any, split: Split, acce
         facts=facts,
         packed=True,
     )
-    return plain_model(accelerator.unwrap_model(model), config, task).to(accelerator.device).eval(), result
+    return task.plain_model(accelerator.unwrap_model(model), config).to(accelerator.device).eval(), result
 
 
 @torch.no_grad()

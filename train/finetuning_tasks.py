@@ -3,6 +3,7 @@
 Both answer the same methods, so that the script that trains them knows neither by name.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,9 @@ from cellglot.modeling.geneformer import (
 from cellglot.tokenization.count_matrix import open_counts
 from cellglot.tokenization.gene_masking import IGNORED_LABEL
 
+from .classifier import load_classifier, plain_model
 from .expression_features import log_expression, variable_genes
+from .finetuning_card import finetuning_card
 from .finetuning_data import CellTable, LabelledGeneList
 from .labelled_examples import LabelCollator, LabelledCells, LabelledGenes, balanced_weights
 from .splits import UNLABELLED
@@ -38,15 +41,23 @@ class Task(Protocol):
         """(items,) class names, "" where unknown."""
         ...
 
-    def model_class(self) -> Any: ...
+    def load_model(self, config: Any) -> Any:
+        """The network that the configuration describes, ready to be trained."""
+        ...
 
-    def model_options(self) -> dict[str, Any]: ...
+    def plain_model(self, model: Any, config: Any) -> Any:
+        """The trained network as it is saved."""
+        ...
+
+    def card(self, config: Any, result: Any, figures: Sequence[str]) -> str:
+        """README.md of the model directory of one split, a `SplitResult`."""
+        ...
 
     def examples(self, items: np.ndarray) -> tuple[Any, np.ndarray]:
         """(examples that teach or ask about the marked items, tokens of each)"""
         ...
 
-    def collator(self, train: np.ndarray | None, class_weights: str) -> LabelCollator: ...
+    def collator(self, train: np.ndarray | None, class_weights: str) -> Any: ...
 
     def predicted(self, batch: dict[str, Any], logits: Any, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(keys, scores) of the items of a batch, to be put together by `merge`."""
@@ -74,7 +85,20 @@ class Task(Protocol):
         ...
 
 
-class CellTask:
+class GeneformerTask:
+    """What both tasks of a Geneformer have in common."""
+
+    def load_model(self, config: Any) -> Any:
+        return load_classifier(config, self)
+
+    def plain_model(self, model: Any, config: Any) -> Any:
+        return plain_model(model, config, self)
+
+    def card(self, config: Any, result: Any, figures: Sequence[str]) -> str:
+        return finetuning_card(self, config, result, figures)
+
+
+class CellTask(GeneformerTask):
     """Cell-state classification, of one label or of several at once."""
 
     per_gene = False
@@ -157,7 +181,7 @@ class CellTask:
         return x[train[wanted]].astype(np.float32), x[test[wanted]].astype(np.float32)
 
 
-class GeneTask:
+class GeneTask(GeneformerTask):
     """Gene-state classification: the same gene in many cells, its label known for some genes."""
 
     per_gene = True

@@ -14,16 +14,18 @@ def write_model_directory(
 ) -> None:
     """Writes everything that `from_pretrained` and a reader of the card need.
 
-    card    Markdown for README.md
-    report  figures for metrics.json
-    files   name in the directory -> file to copy (the card's pictures)
+    tokenizer  or feature extractor or processor; None where the model has none
+    card       Markdown for README.md
+    report     figures for metrics.json
+    files      name in the directory -> file to copy (the card's pictures)
     An earlier directory of that name is replaced once the new one is complete.
     """
     partial = path.with_name(f".partial-{path.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
     write_json(partial / "metrics.json", report)
     for name, source in files.items():

@@ -26,6 +26,7 @@ class Method(NamedTuple):
     models: dict[str, str | tuple[str, ...]]
     tokenizer: tuple[str, str] | None = None
     feature_extractor: tuple[str, str] | None = None
+    processor: tuple[str, str] | None = None
 
 
 METHODS = {
@@ -53,6 +54,38 @@ METHODS = {
         },
         feature_extractor=("tokenization.pca_projection", "PCAProjectionFeatureExtractor"),
     ),
+    "drug_response": Method(
+        "modeling.drug_response",
+        "DrugResponseConfig",
+        {
+            "AutoModel": "DrugResponseModel",
+            "AutoModelForPreTraining": ("DrugResponseForPreTraining", "DrugResponseForConditionalGeneration"),
+        },
+        feature_extractor=("tokenization.expression_features", "ExpressionFeatureExtractor"),
+    ),
+    "gene_graph": Method(
+        "modeling.gene_graph",
+        "GeneGraphConfig",
+        {
+            "AutoModel": "GeneGraphModel",
+            "AutoModelForPreTraining": "GeneGraphForReconstruction",
+            "AutoModelForSequenceClassification": "GeneGraphForSequenceClassification",
+        },
+    ),
+    "multiome_t5": Method(
+        "modeling.multiome",
+        "MultiomeT5Config",
+        {
+            "AutoModel": "MultiomeT5EncoderModel",
+            "AutoModelForSeq2SeqLM": "MultiomeT5ForConditionalGeneration",
+            # A cell has many labels: its features
+            "AutoModelForSequenceClassification": "MultiomeT5ForFeaturePrediction",
+        },
+        feature_extractor=("tokenization.binarized_features", "BinarizedFeatureExtractor"),
+        processor=("tokenization.binarized_string", "BinarizedStringProcessor"),
+    ),
+    "cpa": Method("modeling.baselines", "CpaConfig", {"AutoModel": "CpaModel"}),
+    "cvae": Method("modeling.baselines", "CvaeConfig", {"AutoModel": "CvaeModel"}),
     "saucie": Method("modeling.baselines", "SaucieConfig", {"AutoModel": "SaucieModel"}),
 }
 
@@ -68,9 +101,12 @@ def _module(name: str) -> ModuleType:
 
 
 def _register_configs(configuration_auto: Any) -> None:
+    mapping = configuration_auto.CONFIG_MAPPING
     for model_type, method in METHODS.items():
-        config = getattr(_module(method.package), method.config)
-        configuration_auto.AutoConfig.register(model_type, config, exist_ok=True)
+        # `AutoConfig.register` would need the class, and one that derives from a configuration of transformers needs
+        # Auto modules which are half-way imported now.
+        mapping._modules[configuration_auto.model_type_to_module_name(model_type)] = _module(method.package)
+        mapping._mapping[model_type] = method.config
 
 
 def _register_models(modeling_auto: Any) -> None:
@@ -99,6 +135,14 @@ def _register_feature_extractors(feature_extraction_auto: Any) -> None:
             module, name = method.feature_extractor
             extractor = getattr(_module(module), name)
             feature_extraction_auto.AutoFeatureExtractor.register(config, extractor, exist_ok=True)
+
+
+def _register_processors(processing_auto: Any) -> None:
+    for method in METHODS.values():
+        if method.processor is not None:
+            config = getattr(_module(method.package), method.config)
+            module, name = method.processor
+            processing_auto.AutoProcessor.register(config, getattr(_module(module), name), exist_ok=True)
 
 
 def _register_pipelines(pipelines: Any) -> None:
@@ -143,6 +187,7 @@ def _register_when_imported() -> None:
         f"{auto}.modeling_auto": _register_models,
         f"{auto}.tokenization_auto": _register_tokenizers,
         f"{auto}.feature_extraction_auto": _register_feature_extractors,
+        f"{auto}.processing_auto": _register_processors,
         "transformers.pipelines": _register_pipelines,
     }
     for name in list(callbacks):

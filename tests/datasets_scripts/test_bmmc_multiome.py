@@ -15,6 +15,7 @@ from cellglot.datasets_scripts import corpus
 from cellglot.datasets_scripts.bmmc_multiome import COMPETITION, DATASETS, GEO_FILE, SPLIT_OF_BATCH, BMMCMultiome
 from cellglot.datasets_scripts.corpus_errors import CorpusError
 from cellglot.datasets_scripts.dataset_card import write_card
+from cellglot.tokenization.binarized_string import BinarizedStringProcessor
 
 N_CELLS, N_GENES, N_PEAKS = 97, 13, 29
 PEAKS = [f"chr{1 + i % 22}-{9776 + 1000 * i}-{10668 + 1000 * i}" for i in range(N_PEAKS - 1)]
@@ -97,6 +98,19 @@ def assert_rows_are(rows: Any, cells: Any) -> None:
         batch = cells.obs["batch"].iloc[i]
         assert (row["batch"], row["site"] + row["donor"]) == (batch, batch)
         assert row.get("cell_type", cells.obs["cell_type"].iloc[i]) == cells.obs["cell_type"].iloc[i]
+
+
+def test_the_corpus_is_read_by_the_binarized_string_processor_as_the_published_file_is(file_server, tmp_path):
+    cells = multiome()
+    publish(file_server.folder, cells)
+    file_server.serve(BMMCMultiome)
+    folder = build(tmp_path)
+    processor = BinarizedStringProcessor.from_cells(folder, split="train", threshold=1.0)
+    train = (cells.obs["batch"].map(SPLIT_OF_BATCH) == "train").to_numpy()
+    options = {"obs_columns": ["batch", "cell_type"], "with_values": True}
+    for task in ("gex2atac", "atac2gex"):
+        expected = processor.encode(cells, task, layer="counts", cells_mask=train, **options)
+        assert processor.encode(folder, task, split="train", **options).to_dict() == expected.to_dict()
 
 
 # In parts of 512 cells there is one part a split; in parts of 31, cells of a split are in several.

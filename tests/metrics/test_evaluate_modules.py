@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 import cellglot.metrics
+from cellglot.metrics.cell_correlation import best_match_correlation, sampled_best_match_correlation
 from cellglot.metrics.cluster_accuracy import hierarchical_cluster_accuracy
+from cellglot.metrics.energy_distance import energy_distance
 from cellglot.metrics.label_transfer import label_transfer
+from cellglot.metrics.response import Response, centroid_accuracy, mean_figures, response_table
 from cellglot.metrics.wasserstein import resampled_wasserstein
 
 MODULES = Path(cellglot.metrics.__file__).parent / "evaluate"
@@ -47,3 +50,25 @@ def test_label_transfer():
     assert found == label_transfer(embeddings[20:], labels[20:], embeddings[:20], labels[:20], k=3)
     with pytest.raises(ValueError, match="No cell is of source 'rat'"):
         module.compute(**inputs, reference="rat", query="human")
+
+
+def test_responses_and_their_single_figures():
+    sets = [[cells(n, 10 * i + n) for n in (20, 13, 17)] for i in range(3)]
+    true, predicted, controls = ([side.tolist() for side in sides] for sides in zip(*sets, strict=True))
+    inputs = {"references": true, "predictions": predicted}
+    found = load("response").compute(**inputs, controls=controls, seed=3)
+    expected = mean_figures(response_table({i: Response(*sides) for i, sides in enumerate(sets)}, seed=3))
+    assert found == {
+        key: pytest.approx(value) if isinstance(value, float) else value for key, value in expected.items()
+    }
+    pairs = [(x, y) for x, y, _ in sets]
+    dis = load("best_match_correlation")
+    whole = np.mean([best_match_correlation(x, y) for x, y in pairs])
+    sampled = np.mean([sampled_best_match_correlation(x, y, n_cells=5, seed=1) for x, y in pairs])
+    assert dis.compute(**inputs) == {"best_match_correlation": pytest.approx(whole)}
+    assert dis.compute(**inputs, n_cells=5, seed=1) == {"best_match_correlation": pytest.approx(sampled)}
+    energy = np.mean([energy_distance(x, y) for x, y in pairs])
+    assert load("energy_distance").compute(**inputs) == {"energy_distance": pytest.approx(energy)}
+    means = [np.stack([side.mean(axis=0) for side in sides]) for sides in (list(zip(*pairs, strict=True)))]
+    accuracy = load("centroid_accuracy").compute(references=means[0], predictions=means[1])
+    assert accuracy == {"centroid_accuracy": pytest.approx(centroid_accuracy(*means).mean())}

@@ -8,9 +8,14 @@ import pytest
 from cellglot.train import pretrain
 from cellglot.train.config import chosen_option, option, parse_config, write_run_record
 from cellglot.train.finetune import FinetuneConfig
+from cellglot.train.finetune_drug_response import DrugResponseFinetuneConfig
+from cellglot.train.finetune_gene_graph import GeneGraphFinetuneConfig
 from cellglot.train.loop import LoopConfig
 from cellglot.train.pretrain_cross_species import CrossSpeciesPretrainConfig
+from cellglot.train.pretrain_drug_response import DrugResponsePretrainConfig
+from cellglot.train.pretrain_gene_graph import GeneGraphPretrainConfig
 from cellglot.train.pretrain_geneformer import PretrainConfig
+from cellglot.train.pretrain_multiome import MultiomePretrainConfig
 
 
 @dataclass
@@ -96,9 +101,17 @@ def test_recipes_in_the_tree_parse():
     # Those of align.py: test_align.py
     recipes = [path for path in recipes if not path.name.startswith("align_")]
     assert recipes
-    kinds = {"finetune": FinetuneConfig, "cross": CrossSpeciesPretrainConfig}
+    kinds = {
+        "finetune_gene_graph": GeneGraphFinetuneConfig,
+        "finetune_drug_response": DrugResponseFinetuneConfig,
+        "finetune": FinetuneConfig,
+        "gene_graph": GeneGraphPretrainConfig,
+        "drug_response": DrugResponsePretrainConfig,
+        "cross": CrossSpeciesPretrainConfig,
+        "multiome": MultiomePretrainConfig,
+    }
     for path in recipes:
-        kind = kinds.get(path.name.split("_")[0], PretrainConfig)
+        kind = next((kind for start, kind in kinds.items() if path.name.startswith(start)), PretrainConfig)
         config = parse_config(kind, ["--recipe", str(path)])
         assert config != kind()
         # A recipe finds its own script's part.
