@@ -7,7 +7,7 @@ basal profiles and consensus signatures) and single cells (interferon-beta, a ce
 is a split and an initialization; seed 0 of L1000 is the split of the reference figures. Nothing is fitted on test
 profiles, training times are chosen by conditions held out within the training part. ± is a 95% interval over seeds.
 
-A piece (job and seed) takes one to eight minutes on one core, and --workers of them run side by side; finished ones
+A piece (job and seed) takes some minutes on one core, and --workers of them run side by side; finished rows and pieces
 below --work are not computed again. --only does some jobs. Data: the folder CELLGLOT_DATA, else ../shared/data.
 --cell-eval scores the single cells by cell-eval's full profile as well, where it is installed.
 """
@@ -48,6 +48,7 @@ from cellglot.tokenization.expression_features import ExpressionFeatureExtractor
 from cellglot.train.config import write_json
 
 PACKAGES = ("anndata", "scikit-learn", "scipy", "rdkit", "pot")
+PRETRAINED_ROWS = ("BERT_whole", "BERT_subset", "BERT_subset, MLP decoder")
 Rows = list[tuple[str, dict[str, Any]]]
 # Job -> the data set whose tables its rows go to
 DATA_SETS = {"l1000": "l1000", "l1000_genes": "l1000", "interferon": "interferon", "interferon_recipes": "interferon"}
@@ -173,9 +174,13 @@ def piece(job: str, seed: int, work: Path, cell_eval: bool) -> None:
 def l1000(seed: int, work: Path, cell_eval: bool) -> dict[str, Any]:
     """Tables 1, 2 and 3 of L1000, one token a profile."""
     task = l1000_task(seed)
-    table_1, encoders = pretraining(task, seed)
     transfer = task.unlabelled["transfer"]
-    found = Figures(task)
+    found = Figures(task, work / f"l1000-{seed}")
+    kept = work / f"l1000-{seed}" / "pre-training.json"
+    encoders: dict[str, Encoder] = {}
+    if not kept.exists() or not all(map(found.has, PRETRAINED_ROWS)):
+        table_1, encoders = pretraining(task, seed)
+        write_json(kept, table_1)
     for baseline in baselines(seed):
         found.add(baseline.fit(task.train))
     for model_type, name, options in (
@@ -187,10 +192,10 @@ def l1000(seed: int, work: Path, cell_eval: bool) -> dict[str, Any]:
     rows: Rows = [
         ("BERT", {}),
         ("BERT_transfer", {"transfer": transfer}),
-        ("BERT_whole", {"encoder": encoders["whole"]}),
-        ("BERT_subset", {"encoder": encoders["subset"]}),
+        ("BERT_whole", {"encoder": encoders.get("whole")}),
+        ("BERT_subset", {"encoder": encoders.get("subset")}),
         ("BERT, MLP decoder", {"settings": {"decoder": "mlp"}}),
-        ("BERT_subset, MLP decoder", {"settings": {"decoder": "mlp"}, "encoder": encoders["subset"]}),
+        ("BERT_subset, MLP decoder", {"settings": {"decoder": "mlp"}, "encoder": encoders.get("subset")}),
         ("BERT, trained on the treated", {"settings": {"training_input": "self"}}),
         ("BERT, change", {"settings": {"decoder": "mlp", "predicts": "change"}}),
         ("BERT, change from additive", {"additive": True, "settings": {"decoder": "mlp", "predicts": "change"}}),
@@ -199,12 +204,12 @@ def l1000(seed: int, work: Path, cell_eval: bool) -> dict[str, Any]:
         found.choose(name, GRID, transformer(name, seed, **options))
     found.choose("BERT, recipe", (RECIPE_EPOCHS,), transformer("BERT, recipe", seed, **RECIPE))
     found.choose("BERT, authors' code", GRID, literal(seed))
-    return {"tables": {"pre-training": table_1, **found.tables}, "epochs": found.epochs}
+    return {"tables": {"pre-training": read(kept), **found.tables}, "epochs": found.epochs}
 
 
 def l1000_genes(seed: int, work: Path, cell_eval: bool) -> dict[str, Any]:
     """Rows of Tables 2 and 3 with one token a gene."""
-    found = Figures(l1000_task(seed))
+    found = Figures(l1000_task(seed), work / f"l1000_genes-{seed}")
     for decoder in ("lstm", "mlp"):
         options = {"loop": {"max_tokens": 16 * 979}, "seed": seed, "settings": {**GENES, "decoder": decoder}}
         name = f"BERT, genes, {decoder.upper()} decoder"
@@ -216,7 +221,7 @@ def interferon(seed: int, work: Path, cell_eval: bool) -> dict[str, Any]:
     """Table 2 of single cells: means over the two donors."""
     records, epochs = [], []
     for number, task in enumerate(interferon_tasks(seed)):
-        found = Figures(task, cell_eval=work / f"cell-eval-{seed}-{number}" if cell_eval else None)
+        found = Figures(task, work / f"interferon-{seed}-{number}", cell_eval)
         for baseline in baselines(seed):
             # One drug, a protein, at one dose; and no control of the test part has treated cells to train on.
             if baseline.name != "ridge" and "of the plate" not in baseline.name:
@@ -243,8 +248,8 @@ def interferon(seed: int, work: Path, cell_eval: bool) -> dict[str, Any]:
 def interferon_recipes(seed: int, work: Path, cell_eval: bool) -> dict[str, Any]:
     """Rows of the settings of train/recipes/finetune_drug_response_interferon.yaml: means over the two donors."""
     records = []
-    for task in interferon_tasks(seed):
-        found = Figures(task)
+    for number, task in enumerate(interferon_tasks(seed)):
+        found = Figures(task, work / f"interferon_recipes-{seed}-{number}")
         for decoder, epochs in (("mlp", 30), ("lstm", 60)):
             name = f"BERT, recipe, {decoder.upper()} decoder"
             settings = {"decoder": decoder, "predicts": "change", "cell_line_dropout": 0.5}
@@ -254,30 +259,55 @@ def interferon_recipes(seed: int, work: Path, cell_eval: bool) -> dict[str, Any]
 
 
 class Figures:
-    """Rows of a task's table: with DE genes chosen on training conditions, and on the true test profiles."""
+    """Rows of a task's table: with DE genes chosen on training conditions, and on the true test profiles.
 
-    def __init__(self, task: Task, cell_eval: Path | None = None):
-        self.task, self.cell_eval = task, cell_eval
+    folder     where finished rows are kept, and found again
+    cell_eval  whether there is a table of cell-eval's figures too
+    """
+
+    def __init__(self, task: Task, folder: Path, cell_eval: bool = False):
+        self.task, self.folder, self.cell_eval = task, folder, cell_eval
         self.options = {"centroid_g": treated_centroid(task.train)}
         self.scores = training_scores(task.train)
-        self.tables: dict[str, Any] = {"DE genes of training conditions": {}, "DE genes of test profiles": {}}
+        self.tables: dict[str, dict[str, dict[str, float]]] = {}
         self.epochs: dict[str, float] = {}
 
     def choose(self, name: str, grid: Any, make: Any) -> None:
         """A row for what `make(epochs)` gives, epochs chosen on held-out training conditions."""
-        predictor, self.epochs[name] = chosen(make, self.task, grid)
-        self.add(predictor)
+        path = self._path(name)
+        if not path.exists():
+            predictor, epochs = chosen(make, self.task, grid)
+            write_json(path, {"tables": self._rows(predictor), "epochs": epochs})
+        kept = read(path)
+        self.epochs[name] = kept["epochs"]
+        for table, figures in kept["tables"].items():
+            self.tables.setdefault(table, {})[name] = figures
+
+    def has(self, name: str) -> bool:
+        """Whether the row is finished."""
+        return self._path(name).exists()
 
     def add(self, predictor: Baseline) -> None:
+        """A row of a fitted predictor, which takes no time to speak of."""
+        for table, figures in self._rows(predictor).items():
+            self.tables.setdefault(table, {})[predictor.name] = figures
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name.replace(' ', '_').replace(',', '')}.json"
+
+    def _rows(self, predictor: Baseline) -> dict[str, dict[str, float]]:
+        """table -> figures"""
         task = self.task
         responses = predicted_responses(predictor, task.data, task.split, by=task.by, control_by=task.control_by)
-        for (table, rows), scores in zip(self.tables.items(), (self.scores, None), strict=False):
+        tables: dict[str, dict[str, float]] = {}
+        for scores in (self.scores, None):
             figures = mean_figures(response_table(responses, **self.options, training_scores_g=scores))
-            assert figures.pop("de_genes_from") in table
-            rows[predictor.name] = figures
-        if self.cell_eval is not None:
-            rows = self.tables.setdefault("cell-eval", {})
-            rows[predictor.name] = cell_eval_figures(responses, task.data.gene_ids, self.cell_eval / predictor.name)
+            source = figures.pop("de_genes_from")
+            tables[f"DE genes of {source} {'conditions' if scores is not None else 'profiles'}"] = figures
+        if self.cell_eval:
+            folder = self._path(predictor.name).with_suffix("")
+            tables["cell-eval"] = cell_eval_figures(responses, task.data.gene_ids, folder)
+        return tables
 
 
 def transformer(name: str, seed: int, settings: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -361,7 +391,8 @@ def print_tables(record: dict[str, Any]) -> None:
             shown = {figure: figure for figure in next(iter(rows.values()))}
         columns = {figure: title for figure, title in shown.items() if any(figure in row for row in rows.values())}
         print(f"\n## {name}\n")
-        print("| | " + " | ".join(columns.values()) + " |\n|---" * 1 + "|---" * len(columns) + "|")
+        print("| | " + " | ".join(columns.values()) + " |")
+        print("|" + "---|" * (len(columns) + 1))
         for row in sorted(rows, key=lambda r: (ORDER.index(r) if r in ORDER else len(ORDER), list(rows).index(r))):
             print(f"| {row} | " + " | ".join(text(rows[row].get(figure)) for figure in columns) + " |")
     if "speed" in record:

@@ -75,9 +75,9 @@ def l1000() -> tuple[ResponseData, ResponseData, ResponseData, ResponseData]:
     basal = pd.read_csv(FILES["basal"], sep="\t", index_col=0)
     basal_data = _unlabelled(basal.to_numpy(), [entrez[s] for s in basal.columns], list(basal.index), "basal profiles")
     z = pd.read_csv(FILES["consensus"], sep="\t", index_col=0)
-    # As expression: each gene's mean over treated wells, and z of its standard deviations
-    treated = pd.DataFrame(ht115.expression[~ht115.is_control], columns=ht115.genes["entrez_id"])
-    values = treated.mean()[z.columns].to_numpy() + z.to_numpy() * treated.std()[z.columns].to_numpy()
+    # As expression: each gene's mean over control wells, which no split holds out, and z of its standard deviations
+    controls = pd.DataFrame(ht115.expression[ht115.is_control], columns=ht115.genes["entrez_id"])[list(z.columns)]
+    values = controls.mean().to_numpy() + z.to_numpy() * controls.std().to_numpy()
     return ht115, a375, basal_data, _unlabelled(values, list(z.columns), ["consensus"] * len(z), "consensus signatures")
 
 
@@ -87,7 +87,6 @@ def l1000_task(seed: int) -> Task:
     split = hold_out_drugs(ht115, HELD_OUT_DRUGS, seed=seed)
     train = ht115.select(split.train)
     inner = hold_out_drugs(train, VALIDATION_DRUGS, seed=seed)
-    # The scale of the signatures is of all treated wells; nothing else of the test part is in it.
     sources = {"subset": [train, a375], "whole": [train, a375, basal, consensus], "transfer": [a375]}
     return Task(ht115, split, inner, ("drug",), ("cell_line",), sources)
 

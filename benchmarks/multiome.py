@@ -29,7 +29,7 @@ import numpy as np
 import scipy.sparse as sp
 from measure import machine, print_table, save_results
 from multiome_cells import DATA, FILES, MIN_SHARE, TITLES, Split, masks, read_pair
-from multiome_methods import METHODS, SET_HEAD_TRAINING, T5_TRAINING, Prediction, predictions
+from multiome_methods import METHODS, SET_HEAD_TRAINING, T5, T5_TRAINING, Prediction, predictions
 from scipy import stats
 from tqdm.auto import tqdm
 
@@ -78,6 +78,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--json", type=Path, help="file for the figures; the picture is written beside it")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/multiome"), help="folder of the runs")
+    parser.add_argument(
+        "--summarize",
+        action="store_true",
+        help="computes nothing: tables of the methods that every seed has below --work",
+    )
     args = parser.parse_args()
     if not DATA.is_dir():
         raise SystemExit(f"{DATA} is absent: set CELLGLOT_DATA to the folder of the data.")
@@ -91,6 +96,8 @@ def main() -> None:
                 split = Split(pair := read_pair(name), seed, masks(pair, seed))
                 record: dict[str, Any] = {"facts": split.facts(), "methods": {}}
                 for method in args.methods:
+                    if args.summarize and not figures_file(method, args.work / name / str(seed)).exists():
+                        continue
                     bar.set_description(f"{name}, seed {seed}, {method}")
                     record["methods"][method] = finished(method, split, args.work / name / str(seed))
                     bar.update()
@@ -109,7 +116,7 @@ def main() -> None:
 
 def finished(method: str, split: Split, work: Path) -> dict[str, Any]:
     """Task -> figures of a method on a split: those of an earlier run, or measured and kept."""
-    path = work / f"{_file_name(method)}.json"
+    path = figures_file(method, work)
     if not path.exists():
         started = time.perf_counter()
         told = predictions(method, split, work)
@@ -118,15 +125,14 @@ def finished(method: str, split: Split, work: Path) -> dict[str, Any]:
         if split.seed == 0:
             for task, prediction in told.items():
                 threshold = figures[task].get("threshold")
-                write_anndata(
-                    as_anndata(prediction, threshold, split, task, method), work / f"{_file_name(method)}_{task}.h5ad"
-                )
+                adata = as_anndata(prediction, threshold, split, task, method)
+                write_anndata(adata, path.with_name(f"{path.stem}_{task}.h5ad"))
         write_json(path, {**figures, "seconds": seconds})
     return json.loads(path.read_text())
 
 
-def _file_name(method: str) -> str:
-    return method.lower().replace(",", "").replace(" ", "_")
+def figures_file(method: str, work: Path) -> Path:
+    return work / f"{method.lower().replace(',', '').replace(' ', '_')}.json"
 
 
 def measured(prediction: Prediction, split: Split, task: str) -> dict[str, float]:
@@ -193,7 +199,9 @@ def summarized(records: list[dict[str, Any]]) -> dict[str, Any]:
     tables: dict[str, Any] = {"facts": records[0]["facts"]}
     for task in TASKS:
         by_method = {
-            method: [record["methods"][method][task] for record in records] for method in records[0]["methods"]
+            method: [record["methods"][method][task] for record in records]
+            for method in records[0]["methods"]
+            if all(method in record["methods"] for record in records)
         }
         tables[task] = {
             "methods": {
@@ -250,24 +258,25 @@ def _text(found: dict[str, Any] | None, sign: str = "") -> str:
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    """How much each method gains on the frequency baseline: a panel a data set and task, with intervals."""
+    """How much each method gains on the frequency baseline: a panel a data set and task, with intervals. The T5 is left
+    out, which is too far behind to share an axis."""
     import matplotlib.pyplot as plt
 
     shown = {"pooled_average_precision": "average precision", "feature_auroc": "AUROC per feature", "f1": "F1"}
     panels = [(name, task) for name in figures for task in TASKS]
+    order = [m for m in METHODS if m != T5 and any(m in figures[name][task]["differences"] for name, task in panels)]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 4.2), sharey=True, squeeze=False)
     for axis, (name, task) in zip(axes[0], panels, strict=True):
         rows = figures[name][task]["differences"]
         for k, (key, label) in enumerate(shown.items()):
-            places = np.arange(len(rows)) + 0.22 * (k - 1)
-            known = [(y, row[key]) for y, row in zip(places, rows.values(), strict=True) if key in row]
+            known = [(y + 0.22 * (k - 1), rows[method][key]) for y, method in enumerate(order) if method in rows]
             means, halves = ([found[part] or 0 for _, found in known] for part in ("mean", "ci"))
             axis.errorbar(means, [y for y, _ in known], xerr=halves, fmt="o", ms=4, lw=1.2, label=label)
         axis.axvline(0, color="black", lw=0.8)
-        axis.set_title(f"{TITLES[name]}\n{task}", fontsize=9)
+        axis.set_title(f"{TITLES[name]}\n{' to '.join(TASKS[task])}", fontsize=9)
         axis.set_xlabel("gain on the frequency baseline", fontsize=8)
         axis.tick_params(labelsize=8)
-        axis.set_yticks(range(len(rows)), list(rows))
+        axis.set_yticks(range(len(order)), order)
     axes[0, 0].invert_yaxis()
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(shown), fontsize=8, frameon=False)

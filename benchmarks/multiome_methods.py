@@ -35,7 +35,7 @@ SMALL = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_heads": 2, "num_layers": 1
 # Models so small gain nothing from a second thread, and lose much where other processes run.
 SMALL["cpu_threads"] = 1
 SET_HEAD_TRAINING: dict[str, dict[str, Any]] = {
-    "scicar": {"learning_rate": 3e-3, "epochs": 1, "eval_every": 20},
+    "scicar": {"learning_rate": 3e-3, "epochs": 2, "eval_every": 20},
     "bmmc": {"learning_rate": 1e-3, "epochs": 10, "batch_size": 32, "eval_every": 5},
 }
 for _options in SET_HEAD_TRAINING.values():

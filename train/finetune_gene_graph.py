@@ -128,7 +128,7 @@ def make_task(config: GeneGraphFinetuneConfig, folder: Path, *, is_main_process:
     Raises  ValueError or OSError for data, labels, a network or a model that do not fit
     """
     start = None if config.model is None else read_start(config.model)
-    genes = common_genes(config.data, config.gene_ids) if start is None else None
+    genes = common_genes(config.data, config.gene_ids, config.layer) if start is None else None
     model_config, graph = make_network(config, genes, start)
     if graph is not None and is_main_process:
         print(graph.report)

@@ -55,6 +55,7 @@ def autoencoder_card(report: dict[str, Any], model_config: Any, cells: Any, conf
         "tags": ["cellglot", "gene-graph", "single-cell", "genomics", "biology"],
     }
     loss = report["validation_loss"]
+    left_out = f", {config.split_by} {', '.join(config.leave_out)} left out" if config.leave_out else ""
     better = [f"{name} ({error:.4g})" for name, error in report["references"].items() if error <= loss]
     limits = []
     if better:
@@ -74,7 +75,7 @@ def autoencoder_card(report: dict[str, Any], model_config: Any, cells: Any, conf
         "## Training\n\n"
         f"{network_in_words(model_config, report['graph'])} {report['n_train_cells']:,} training and "
         f"{report['n_validation_cells']:,} validation cells of {cells.description} (fingerprint "
-        f"`{cells.fingerprint}`), {report['steps']:,} steps of {config.batch_size} cells, "
+        f"`{cells.fingerprint}`){left_out}, {report['steps']:,} steps of {config.batch_size} cells, "
         f"{optimizer_in_words(config)}, seed {config.seed}, {report['seconds']:.0f} s. All options and versions: "
         "`run.json` beside the checkpoints.",
         _CLOSING,
@@ -146,8 +147,10 @@ def network_in_words(config: Any, graph: str | None) -> str:
     graphs = "individual and global graphs" if config.smoothing == "both" else f"{config.smoothing} graph"
     layers = "" if config.num_smoothing_layers == 1 else f", {config.num_smoothing_layers} layers"
     diagonal = "with" if config.diagonal else "without"
+    scaling = ", scores by degrees" if config.score_scaling == "degree" and config.smoothing != "individual" else ""
+    residual = "" if config.residual else ", in place of the expression"
     matched = "" if graph is None else f" Network: {graph}."
-    return f"{text}, smoothed along {graphs} {diagonal} diagonal{layers}.{matched}"
+    return f"{text}, smoothed along {graphs} {diagonal} diagonal{layers}{scaling}{residual}.{matched}"
 
 
 def optimizer_in_words(config: Any) -> str:

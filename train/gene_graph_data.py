@@ -57,13 +57,13 @@ class ExpressionCells:
         return self.rows.read(self.index[cells])
 
 
-def common_genes(data: str | None, gene_ids: str | None = None) -> GeneNames:
-    """The genes that all files of `data` have, in the order of the first.
+def common_genes(data: str | None, gene_ids: str | None = None, layer: str | None = None) -> GeneNames:
+    """The genes that all files of `data` have (in a layer of the counts), in the order of the first.
 
     Raises  ValueError for files without a common gene
     """
     sources, _, description, _ = find_cells(data)
-    first, *others = [gene_names(source, gene_ids) for source in sources]
+    first, *others = [gene_names(source, gene_ids, layer=layer) for source in sources]
     shared = set(first.ids).intersection(*(names.ids for names in others))
     if not shared:
         raise ValueError(
@@ -129,15 +129,17 @@ def load_expression(
     source = obs.pop("_source").to_numpy()
     held = None if held_out is None else held_out[source]
     cells = ExpressionCells(rows, np.arange(len(rows)), obs, held, description, mark)
-    return cells.select((np.diff(rows.starts) > 0) & ~_copies(cells, source))
+    copies = _copies(cells, source)
+    if copies.any() and is_main_process:
+        print(f"{copies.sum():,} cells are in another file already, with the same name and genes, and are left out")
+    return cells.select((np.diff(rows.starts) > 0) & ~copies)
 
 
 def _blocks(sources: Any, model_config: Any, passing: list[np.ndarray], options: Any) -> Iterator[sp.csr_matrix]:
-    layer, alignment = options["layer"], {name: options[name] for name in ("gene_ids", "aliases")}
     with tqdm(total=int(sum(cells.sum() for cells in passing)), desc="expression", unit="cell") as bar:
         for source, cells in zip(sources, passing, strict=True):
-            bar.write(str(expression_report(source, model_config, cells=cells, **alignment)))
-            for rows, block in iter_expression(source, model_config, layer=layer, cells=cells, **alignment):
+            bar.write(str(expression_report(source, model_config, cells=cells, **options)))
+            for rows, block in iter_expression(source, model_config, cells=cells, **options):
                 yield block
                 bar.update(len(rows))
 
@@ -150,7 +152,7 @@ def _copies(cells: ExpressionCells, source: np.ndarray) -> np.ndarray:
     for i in np.flatnonzero(names.duplicated(keep=False)).tolist() if len(np.unique(source)) > 1 else ():
         # Different cells may well bear one name: barcodes come back in every experiment.
         row = cells.rows.read(cells.index[i : i + 1])
+        # A file's order of genes is that of the row's indices.
+        row.sort_indices()
         copies[i] = seen.setdefault((str(names[i]), row.indices.tobytes() + row.data.tobytes()), i) != i
-    if copies.any():
-        print(f"{copies.sum():,} cells are in another file already, with the same name and genes, and are left out")
     return copies

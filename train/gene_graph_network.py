@@ -11,14 +11,19 @@ from cellglot.gene_graph import GeneGraph, GeneNames, align_edges, read_edges
 from cellglot.modeling.gene_graph import GeneGraphConfig
 
 from .config import option
+from .loop_config import LoopConfig
 
 # Options of the same name in `GeneGraphConfig`
 FIELDS = ("smoothing", "diagonal", "score_scaling", "num_smoothing_layers", "residual", "feature_size")
 FIELDS += ("attention_size", "hidden_sizes")
+# Of which these matter to some kinds of smoothing only
+SMOOTHED = ("individual", "global", "both")
+OF_KINDS = dict.fromkeys(("diagonal", "num_smoothing_layers", "residual", "feature_size"), SMOOTHED)
+OF_KINDS |= {"score_scaling": ("global", "both"), "attention_size": ("individual", "both")}
 
 
 @dataclass
-class NetworkOptions:
+class NetworkOptions(LoopConfig):
     """Sizes, smoothing and graph. Absent: those of the model that is started from, else `GeneGraphConfig`'s own."""
 
     smoothing: Literal["none", "individual", "global", "both"] | None = option(
@@ -86,10 +91,7 @@ def make_network(
         given = {**{name: getattr(start, name) for name in FIELDS}, **given}
     assert genes is not None
     smoothing = given.get("smoothing", "none")
-    if smoothing == "none" and options.edges is not None and not options.connected_genes:
-        raise ValueError(
-            "smoothing='none' uses no network: pass --smoothing individual, global or both, or leave out --edges."
-        )
+    _check_kind(options, smoothing)
     graph = None
     if options.edges is not None:
         table = read_edges(
@@ -102,13 +104,29 @@ def make_network(
         if options.connected_genes:
             graph = graph.connected()
             genes = graph.genes
-    elif smoothing != "none" and (start is None or not start.n_edges):
+    elif smoothing != "none" and (start is None or start.smoothing == "none" or not start.n_edges):
         raise ValueError(f"smoothing={smoothing!r} needs a gene network: pass --edges FILE.")
-    symbols = None if genes.symbols is None else list(genes.symbols)
-    names = {"n_genes": len(genes), "gene_ids": list(genes.ids), "gene_symbols": symbols}
     scale = {} if start is None else {"target_sum": start.target_sum}
-    fields: dict[str, Any] = {**given, **names, **scale}
+    fields: dict[str, Any] = {**given, **genes.config_options(), **scale}
     return GeneGraphConfig(**fields), graph if smoothing != "none" else None
+
+
+def _check_kind(options: NetworkOptions, smoothing: str) -> None:
+    """Raises ValueError for options that would do nothing, or could not work, with this kind of smoothing."""
+    if smoothing == "none" and options.edges is not None and not options.connected_genes:
+        raise ValueError(
+            "smoothing='none' uses no network: pass --smoothing individual, global or both, or leave out --edges."
+        )
+    for name, kinds in OF_KINDS.items():
+        if name in options.given() and smoothing not in kinds:
+            raise ValueError(
+                f"{name} does nothing with smoothing={smoothing!r}: pass --smoothing {' or '.join(kinds)}, or leave it "
+                "out."
+            )
+    if smoothing == "none" and options.gradient_checkpointing:
+        raise ValueError("gradient_checkpointing is of smoothing layers, and smoothing='none' has none: leave it out.")
+    if smoothing != "none" and options.compile:
+        raise ValueError("compile knows no sparse products, of which smoothing is made: leave it out.")
 
 
 def make_model(
@@ -122,9 +140,10 @@ def make_model(
         model = model_class(config)
     else:
         labels = {"id2label": config.id2label, "label2id": config.label2id, "label_name": config.label_name}
+        without_graph = {"n_edges": 0} if config.smoothing == "none" else {}
         # What is trained is float32, whatever the checkpoint is; a classifier of other labels does not fit and is new.
         model = model_class.from_pretrained(
-            start, **options.given(), **labels, dtype=torch.float32, ignore_mismatched_sizes=True
+            start, **options.given(), **labels, **without_graph, dtype=torch.float32, ignore_mismatched_sizes=True
         )
     if graph is not None:
         model.set_graph(graph.pairs, graph.scores)

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator = make_accelerator(config)
         output = prepare_output(config, accelerator)
         try:
-            model_config, graph = make_network(config, common_genes(config.data, config.gene_ids))
+            model_config, graph = make_network(config, common_genes(config.data, config.gene_ids, config.layer))
             cells = load_expression(
                 config.data,
                 output / "data",

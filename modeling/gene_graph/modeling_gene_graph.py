@@ -32,6 +32,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
@@ -138,7 +139,7 @@ class GeneGraphNetwork(nn.Module):
         return self._edges
 
 
-class GeneGraphSmoothing(nn.Module):
+class GeneGraphSmoothing(GradientCheckpointingLayer):
     """One layer of equation 3: Z = ReLU(G Z W), each kind of graph with its own W."""
 
     def __init__(self, config: GeneGraphConfig):
@@ -205,6 +206,7 @@ class GeneGraphPreTrainedModel(PreTrainedModel):
     config_class = GeneGraphConfig
     base_model_prefix = "gene_graph"
     main_input_name = "expression"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["GeneGraphSmoothing"]
     # What other heads add
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier\."]
@@ -231,7 +233,10 @@ class GeneGraphPreTrainedModel(PreTrainedModel):
         bad = ~(scores.isfinite() & (scores >= 0))
         if bad.any() or scores.max() == 0:
             first = f"{int(bad.sum()):,} of them are not, e.g. {scores[bad][0]:g}" if bad.any() else "all are 0"
-            raise ValueError(f"Expected scores that are finite and not negative, one of them above 0; {first}.")
+            raise ValueError(
+                f"Expected scores that are finite and not negative, one of them above 0; {first}. Leave those edges "
+                "out, or pass scores=None, which weighs all alike."
+            )
         network.pairs = pairs.clone()
         network.scores = (scores / scores.max()).to(device, network.scores.dtype)
         self.config.n_edges = encoder.config.n_edges = len(pairs)

@@ -131,7 +131,10 @@ def check_pairs(pairs: torch.Tensor, n_genes: int) -> torch.Tensor:
         raise ValueError("The graph has no edges: give it with model.set_graph(pairs, scores).")
     low, high = pairs.long().sort(dim=1).values.unbind(1)
     if int(low.min()) < 0 or int(high.max()) >= n_genes:
-        raise ValueError(f"Expected genes 0 to {n_genes - 1:,}, found {int(low.min()):,} to {int(high.max()):,}.")
+        raise ValueError(
+            f"Expected genes 0 to {n_genes - 1:,}, found {int(low.min()):,} to {int(high.max()):,}: pairs are "
+            "positions among the model's own genes, as cellglot.gene_graph.align_edges gives them."
+        )
     n_loops = int((low == high).sum())
     n_repeated = len(pairs) - len((low * n_genes + high).unique())
     if n_loops or n_repeated:

@@ -212,6 +212,9 @@ def test_every_control_of_a_condition_s_plates_is_given_it_once():
         assert sorted(map(bytes, response.predicted)) == sorted(map(bytes, controls))  # both plates' five
     by_drug = predicted_responses(ControlCells().fit(data.select(split.train)), data, split, by=["drug"])
     assert {len(response.predicted) for response in by_drug.values()} == {20}
+    fewer = predicted_responses(ControlCells().fit(data.select(split.train)), data, split, max_controls=3)
+    assert {len(np.unique(response.predicted, axis=0)) for response in fewer.values()} == {6}
+    assert {len(response.control) for response in fewer.values()} == {10}
 
 
 def test_training_figures_see_training_profiles_and_do_not_mix_lines():

@@ -22,6 +22,9 @@ def test_genes_match_by_id_version_symbol_and_alias():
     graph = align_edges(table, GENES, aliases={"OLD": five, "unused": one})
     assert named(graph) == {("1", "2"): 1.0, ("4", "5"): 1.0, ("3", "5"): 1.0}
     assert graph.report.n_matched_names == graph.report.n_names == 6
+    # Two names are of one gene.
+    again = align_edges(table_of([(one, "B"), ("A", "C")]), GENES).report
+    assert (again.n_matched_names, again.n_matched_genes) == (4, 3)
 
 
 def test_a_symbol_of_two_genes_names_neither():
@@ -38,8 +41,16 @@ def test_self_loops_repetitions_and_directions_leave_each_edge_once_and_are_coun
     # A-B has other scores the other way round, B-C no other way round where A-B has one.
     assert (report.n_self_loops, report.n_repeated, report.n_asymmetric) == (1, 1, 2)
     assert (report.n_rows, report.n_matched_rows, report.n_names, report.n_matched_names) == (6, 5, 4, 3)
+    assert (report.n_genes, report.n_matched_genes) == (5, 3)
     text = str(report)
-    for said in ("3 of 4 genes (75.0%)", "5 of 6 edges (83.3%)", "1 self-loops", "1 repeated", "2 asymmetric"):
+    for said in (
+        "it has 3 of the 5 genes given (60.0%)",
+        "3 of 4 genes (75.0%)",
+        "5 of 6 edges (83.3%)",
+        "1 self-loops",
+        "1 repeated",
+        "2 asymmetric",
+    ):
         assert said in text
 
 

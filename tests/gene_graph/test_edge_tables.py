@@ -108,6 +108,25 @@ def test_bad_tables_are_refused_with_the_edge_or_the_layout(tmp_path, text, mess
         read_edges(tmp_path / "edges.tsv")
 
 
+def test_arguments_that_a_layout_has_no_use_for_are_refused(tmp_path):
+    publish_string(tmp_path, EDGES, NAMES)
+    links, info = sorted(tmp_path.glob("*links*"))[0], sorted(tmp_path.glob("*info*"))[0]
+    biogrid = tmp_path / "BIOGRID-ORGANISM-Homo_sapiens-4.4.241.tab3.txt"
+    biogrid.write_bytes(lines([BIOGRID_HEADER, biogrid_row("TP53", "MDM2")]))
+    (tmp_path / "edges.tsv").write_text("a\tb\tscore\nA\tB\t1\n")
+    pd.DataFrame({"gene_a": ["A"], "gene_b": ["B"]}).to_parquet(tmp_path / "edges.parquet")
+    for path, options, message in [
+        (links, {"info": info, "columns": ("protein1", "protein2")}, "STRING's, .* no use for columns: leave it out"),
+        (biogrid, {"info": info, "score": "Score"}, "BioGRID's, .* no use for info, score"),
+        (tmp_path / "edges.tsv", {"info": info}, "a table of edges, .* no use for info"),
+        (tmp_path / "edges.parquet", {"info": info}, "a Parquet table, .* no use for info"),
+        (tmp_path / "edges.tsv", {"score": "score"}, "score='score' needs columns="),
+        (tmp_path / "edges.tsv", {"columns": ("a",)}, r"the two columns of genes, found columns=\('a',\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read_edges(path, **options)
+
+
 def test_absent_files_and_folders_without_tables_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_edges(tmp_path / "none.tsv")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cellglot.gene_graph import classify_expression, gene_names, iter_expression, read_expression
+from cellglot.gene_graph.expression import expression_report
 
 from ..conftest import ensembl
 from .conftest import LABELS, N_GENES, make_model, some_cells
@@ -40,6 +41,18 @@ def test_missing_and_unseen_genes_are_aligned_and_reported(cells, model, tmp_pat
     assert (report.n_matched, report.n_unseen) == (10, 1)
     for said in ("10 of the model's 13 genes found", "3 missing, read as 0", "1 unknown", "'ENSG00000999999'"):
         assert said in str(report)
+
+
+def test_the_layer_s_own_genes_are_named_and_matched(cells, model, tmp_path):
+    few = cells[:, :3].copy()
+    few.raw = cells
+    few.write_h5ad(tmp_path / "few.h5ad")
+    assert gene_names(tmp_path / "few.h5ad").ids == tuple(ensembl(3))
+    assert gene_names(tmp_path / "few.h5ad", layer="raw").ids == tuple(ensembl(N_GENES))
+    assert expression_report(tmp_path / "few.h5ad", model).n_matched == 3
+    assert expression_report(tmp_path / "few.h5ad", model, layer="raw").n_matched == N_GENES
+    found, _, _ = read_expression(tmp_path / "few.h5ad", model, layer="raw")
+    np.testing.assert_array_equal(found.toarray(), read_expression(cells, model)[0].toarray())
 
 
 def test_symbols_serve_where_a_file_has_no_ids(cells, model):
@@ -86,6 +99,10 @@ def test_cells_that_cannot_be_read_for_a_model_are_refused(cells, model):
         read_expression(cells, make_model(gene_names(cells), gene_ids=None))
     with pytest.raises(ValueError, match="target_sum=None"):
         read_expression(cells, make_model(gene_names(cells), target_sum=None))
+    for chosen in (np.array([0, 3]), np.ones(5, dtype=bool)):
+        for read in (read_expression, classify_expression):
+            with pytest.raises(ValueError, match="expected cells as a boolean mask of its 29 cells"):
+                read(cells, model, cells=chosen)
 
 
 def test_cells_get_the_label_and_the_probability_of_their_logits(cells, model, capsys):
@@ -102,3 +119,18 @@ def test_cells_get_the_label_and_the_probability_of_their_logits(cells, model, c
     chosen = np.arange(len(cells.obs)) < 4
     assert classify_expression(cells, model, cells=chosen, progress=False).equals(table[:4])
     assert len(classify_expression(some_cells()[:0], model, progress=False)) == 0
+
+
+def test_cells_with_unseen_and_without_some_genes_are_classified_and_it_is_said(cells, model, capsys):
+    other = cells[:, :0:-1].copy()
+    other.var["ensembl_id"] = ["ENSG00000999999", *other.var["ensembl_id"][1:]]
+    table = classify_expression(other, model, progress=False)
+    said = capsys.readouterr().out
+    assert "11 of the model's 13 genes found; 2 missing, read as 0" in said
+    assert "1 unknown to the model, left out (e.g. 'ENSG00000999999')" in said
+    # As if the cells had the model's genes, those missing without counts; what is unknown counts for totals only.
+    same = cells.copy()
+    same.obs["n_counts"] = np.asarray(other.X.sum(axis=1)).ravel()
+    same.X = same.X.multiply([0, *[1] * 11, 0]).tocsr()
+    expected = classify_expression(same, model, progress=False)
+    np.testing.assert_allclose(table["cell_type_score"], expected["cell_type_score"], rtol=1e-5)

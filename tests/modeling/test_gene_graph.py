@@ -184,6 +184,19 @@ def test_every_parameter_gets_a_gradient_and_runs_repeat(model_class, smoothing)
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("smoothing", ["individual", "both"])
+def test_recomputing_activations_gives_the_same_gradients(smoothing):
+    model = make(GeneGraphForSequenceClassification, smoothing=smoothing, num_smoothing_layers=2).train()
+    gradients = []
+    for recomputed in (False, True):
+        if recomputed:
+            model.activation_checkpointing_enable()
+        assert model.gene_graph.smoothing[1].gradient_checkpointing is recomputed
+        loss = model(some_expression(), labels=torch.arange(N_CELLS) % 4).loss
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert_close(*gradients, atol=1e-7, rtol=1e-5)
+
+
 def test_initial_weights_are_uniform_within_the_root_of_the_inverse_inputs():
     model = make(GeneGraphForSequenceClassification, smoothing="both", hidden_sizes=[400, 300])
     for module in model.modules():

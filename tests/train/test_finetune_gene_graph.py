@@ -81,6 +81,16 @@ def test_a_classifier_starts_from_the_encoder_of_the_autoencoder(files, tmp_path
         assert (model.config.n_edges, len(model.gene_graph.network.edges())) == (28, 56)
 
 
+def test_a_classifier_without_smoothing_keeps_nothing_of_the_graph_it_started_from(files, tmp_path):
+    graph = {"smoothing": "both", "edges": "FILES/edges.tsv", "max_steps": 1}
+    run(files, tmp_path / "smoothed", **graph)
+    run(files, tmp_path / "plain", model=str(tmp_path / "smoothed" / "model"), smoothing="none", max_steps=1)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain" / "model")
+    assert (plain.config.smoothing, plain.config.n_edges) == ("none", 0)
+    with pytest.raises(SystemExit, match="needs a gene network: pass --edges FILE"):
+        run(files, tmp_path / "again", model=str(tmp_path / "plain" / "model"), smoothing="global", max_steps=1)
+
+
 def test_a_classifier_of_other_labels_has_a_new_head_even_if_there_are_as_many(files, tmp_path):
     run(files, tmp_path / "first", max_steps=2)
     start = str(tmp_path / "first" / "model")

@@ -6,7 +6,9 @@ import shutil
 import anndata as ad
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForPreTraining
 
 from cellglot.gene_graph import read_expression
@@ -80,7 +82,9 @@ def test_leaves_a_complete_model_whose_error_is_that_of_the_report(finished, fil
     assert components[1] == pytest.approx(((rest - rest @ basis.T @ basis) ** 2).mean(), rel=1e-4)
     card = (finished / "model" / "README.md").read_text()
     assert "smoothed along individual and global graphs without diagonal" in card
-    assert "Network: edges.tsv: 28 of 28 genes (100.0%) and 28 of 28 edges (100.0%) matched." in card
+    assert "Network: edges.tsv: 28 of 28 genes (100.0%) and 28 of 28 edges (100.0%) matched" in card
+    assert "it has 28 of the 31 genes given (90.3%)" in card
+    assert ", donor 2 left out, " in card
     assert "reconstructed no worse by: " in card
     assert (finished / "model" / "loss_curve.png").exists()
 
@@ -91,6 +95,21 @@ def test_groups_that_are_left_out_take_no_part(files, tmp_path):
     donors = cells.obs["donor"].to_numpy()
     assert set(donors[train]) | set(donors[validation]) == {"0", "1", "3"}
     assert not set(donors[train]) & set(donors[validation])
+
+
+def test_cells_that_are_left_out_do_not_reach_the_weights(files, tmp_path):
+    cells = ad.read_h5ad(files / "cells.h5ad")
+    left_out = (cells.obs["donor"] == "2").to_numpy()
+    counts = cells.X.toarray()
+    counts[left_out] += 7
+    cells.X = sp.csr_matrix(counts)
+    cells.write_h5ad(tmp_path / "other.h5ad")
+    weights = []
+    for name, data in (("a", files / "cells.h5ad"), ("b", tmp_path / "other.h5ad")):
+        given = {"split_by": "donor", "leave_out": ["2"], "report": "false", "max_steps": 3}
+        main(words(files, output=tmp_path / name, data=data, **given))
+        weights.append(load_file(tmp_path / name / "model" / "model.safetensors"))
+    assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
 
 
 def test_the_optimizer_is_the_paper_s_adam():
@@ -160,6 +179,19 @@ def test_files_share_their_common_genes_and_a_cell_in_two_of_them_counts_once(fi
     x = ExpressionCollator()(loaded.examples(np.ones(60, dtype=bool)).__getitems__([59, 0]), [(), ()])["expression"]
     expected, _, _ = read_expression(cells[:60, 3:].copy(), model_config)
     np.testing.assert_allclose(x, expected[[59, 0]].toarray(), rtol=1e-6)
+    # In whatever order a file has the genes
+    cells[50:60, :2:-1].copy().write_h5ad(folder / "b.h5ad")
+    again = load_expression(config.data, tmp_path / "again", model_config, columns=["donor"])
+    assert again.obs.index.tolist() == cells.obs_names[:60].tolist()
+
+
+def test_the_genes_are_those_of_the_layer_with_the_counts(files, tmp_path):
+    cells = ad.read_h5ad(files / "cells.h5ad")
+    few = cells[:, :5].copy()
+    few.raw = cells
+    few.write_h5ad(tmp_path / "few.h5ad")
+    main(words(files, data=tmp_path / "few.h5ad", output=tmp_path / "run", layer="raw", max_steps=1, report="false"))
+    assert AutoModel.from_pretrained(tmp_path / "run" / "model").config.gene_ids == ensembl(N_GENES)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +204,12 @@ def test_files_share_their_common_genes_and_a_cell_in_two_of_them_counts_once(fi
         ({"min_score": 700}, "min_score needs edges"),
         ({"edges": "nowhere.tsv", "smoothing": "both"}, "nowhere.tsv does not exist"),
         ({"diagonal": 2}, "Expected diagonal 0 or 1"),
+        ({"diagonal": 1}, "diagonal does nothing with smoothing='none': pass --smoothing individual or global or both"),
+        ({"smoothing": "individual", "edges": "EDGES", "score_scaling": "degree"}, "score_scaling does nothing"),
+        ({"smoothing": "global", "edges": "EDGES", "attention_size": 3}, "attention_size does nothing"),
+        ({"gradient_checkpointing": "true"}, "smoothing='none' has none"),
+        ({"smoothing": "global", "edges": "EDGES", "compile": "true"}, "compile knows no sparse products"),
+        ({"smoothing": "global", "edges": "EDGES", "edges_info": "EDGES"}, "a table of edges, .* no use for info"),
         ({"leave_out": ["2"]}, "leave_out needs split_by"),
         ({"split_by": "donor", "leave_out": ["9"]}, "No cell of the data has donor '9'; there are 0, 1, 2, 3"),
         ({"split_by": "patient"}, "obs has no column 'patient'; it has cell_type, donor"),

@@ -20,16 +20,21 @@ def predicted_responses(
     *,
     by: Sequence[str] = ("drug", "cell_line"),
     control_by: Sequence[str] = ("cell_line",),
+    max_controls: int | None = None,
+    seed: int = 0,
 ) -> dict[Any, Response]:
     """Predicted and true profiles of each test condition.
 
-    predictor   fitted on the training part
-    by          columns of obs that make a condition
-    control_by  columns in which the controls that changes are measured from agree with the condition. All of them
-                count: one control alone would carry its noise into both changes
-    Returns     condition -> Response. Of each condition, every control of its profiles' pairing groups (plate, donor)
-                is given each of the condition's treatments once
+    predictor     fitted on the training part
+    by            columns of obs that make a condition
+    control_by    columns in which the controls that changes are measured from agree with the condition. All of them
+                  count: one control alone would carry its noise into both changes
+    max_controls  of a pairing group, drawn at random, to predict from: a screen has thousands of controls, and all
+                  predictions are held at once. None: all of them
+    Returns       condition -> Response. Of each condition, every control of its profiles' pairing groups (plate,
+                  donor) is given each of the condition's treatments once
     """
+    rng = np.random.default_rng(seed)
     rows = np.flatnonzero(split.test)
     obs = data.obs.iloc[rows]
     groups = obs.reset_index(drop=True).groupby(list(by), observed=True).indices
@@ -42,6 +47,8 @@ def predicted_responses(
             if key in asked:
                 continue
             asked.add(key)
+            if max_controls is not None and len(controls) > max_controls:
+                controls = rng.choice(controls, max_controls, replace=False)
             inputs.append(controls)
             conditions += [row] * len(controls)
             owners += [name] * len(controls)

@@ -12,9 +12,14 @@ from .genes import GeneNames
 
 @dataclass(frozen=True)
 class GraphReport:
-    """What became of an edge table."""
+    """What became of an edge table.
+
+    Rows are the table's edges, names its genes; genes are those of the model, matched if the table names them.
+    """
 
     name: str
+    n_genes: int
+    n_matched_genes: int
     n_rows: int
     n_matched_rows: int
     n_names: int
@@ -29,7 +34,9 @@ class GraphReport:
         genes, edges = self.n_matched_names / self.n_names, self.n_matched_rows / self.n_rows
         parts = [
             f"{self.name}: {self.n_matched_names:,} of {self.n_names:,} genes ({genes:.1%}) and "
-            f"{self.n_matched_rows:,} of {self.n_rows:,} edges ({edges:.1%}) matched"
+            f"{self.n_matched_rows:,} of {self.n_rows:,} edges ({edges:.1%}) matched",
+            f"it has {self.n_matched_genes:,} of the {self.n_genes:,} genes given "
+            f"({self.n_matched_genes / self.n_genes:.1%})",
         ]
         counts = {
             "below min_score": self.n_below_score,
@@ -107,8 +114,7 @@ class GeneGraph:
 
     def config_options(self) -> dict[str, Any]:
         """Fields of `GeneGraphConfig` that say which genes a model of this graph has."""
-        symbols = None if self.genes.symbols is None else list(self.genes.symbols)
-        return {"n_genes": len(self.genes), "gene_ids": list(self.genes.ids), "gene_symbols": symbols}
+        return self.genes.config_options()
 
 
 def align_edges(
@@ -151,6 +157,8 @@ def align_edges(
     pairs, pair_scores, n_repeated, n_asymmetric = _undirected(a[kept], b[kept], scores, len(genes))
     report = GraphReport(
         table.name,
+        n_genes=len(genes),
+        n_matched_genes=match.n_matched - match.n_collapsed,
         n_rows=len(a),
         n_matched_rows=int(matched.sum()),
         n_names=len(table.genes),

@@ -71,28 +71,43 @@ def read_edges(
     path     STRING links, BioGRID `.tab3.txt` or `.zip`, a `.parquet` file or folder of edges, or a table (tab, comma,
              semicolon or space; .gz too) of two columns of genes and maybe one of scores
     info     STRING's `protein.info` of the same version, with the genes' names
-    columns  the two columns of genes, for a table that has more
+    columns  the two columns of genes, for a table (or Parquet) that has more
     score    the column of scores, for such a table; with `columns` alone edges have no scores
     taxon    BioGRID: interactions of other species, or across species, are left out. Its scores are too: they are of
              many kinds
-    Raises   FileNotFoundError; ValueError for a table of another layout, or scores that are no numbers or below 0
+    Raises   FileNotFoundError; ValueError for a table of another layout, scores that are no numbers or below 0, and
+             arguments that files of this layout have no use for
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
+    if columns is not None and len(columns) != 2:
+        raise ValueError(f"Expected the names of the two columns of genes, found columns={tuple(columns)}.")
     if path.is_dir() or path.suffix == ".parquet":
+        _check_unused(path, "a Parquet table", info=info)
         return _of_blocks(path.name, _parquet_blocks(path, columns, score), taxon)
     first = _first_line(path)
     if path.suffix == ".zip" or first.startswith("#BioGRID"):
+        _check_unused(path, "BioGRID's", info=info, columns=columns, score=score)
         return _of_blocks(path.name, biogrid_edges(path), taxon)
     if first.split()[:3] == ["protein1", "protein2", "combined_score"]:
+        _check_unused(path, "STRING's", columns=columns, score=score)
         if info is None:
             raise ValueError(
                 f"{path} names STRING's proteins: pass info=, the path of {HUMAN}.protein.info.v*.txt.gz of the same "
                 "version, which has the genes' names."
             )
         return _of_blocks(path.name, string_edges(path, Path(info)), taxon)
+    _check_unused(path, "a table of edges", info=info)
+    if score is not None and columns is None:
+        raise ValueError(f"{path}: score={score!r} needs columns=, the names of the two columns of genes.")
     return _of_text(path, first, columns, score)
+
+
+def _check_unused(path: Path, layout: str, **arguments: Any) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(f"{path} is {layout}, which has no use for {', '.join(given)}: leave it out.")
 
 
 def _first_line(path: Path) -> str:

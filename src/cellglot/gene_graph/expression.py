@@ -57,7 +57,7 @@ def read_expression(
     cells     (cells of the source,) boolean mask
     aliases   further names of the model's genes: mapping, or table with columns alias and ensembl_id
     Raises    ValueError for cells without any of the model's genes, values that are no raw counts, a model without
-              gene_ids or target_sum
+              gene_ids or target_sum, `cells` that is no such mask
     """
     with open_counts(source, layer=layer) as matrix:
         parts = list(iter_expression(matrix, model, gene_ids=gene_ids, cells=cells, aliases=aliases))
@@ -87,6 +87,7 @@ def iter_expression(
             "expression as it was trained with."
         )
     with open_counts(source, layer=layer) as matrix:
+        matrix.passing_cells(cells)  # raises for what is no mask
         match = _match(matrix, config, gene_ids, aliases)
         known = np.flatnonzero(match.index_g >= 0)
         shape = (matrix.n_genes, config.n_genes)
@@ -102,13 +103,15 @@ def expression_report(
     source: Any,
     model: Any,
     *,
+    layer: str | None = None,
     gene_ids: str | None = None,
     cells: np.ndarray | None = None,
     aliases: Any = None,
 ) -> ExpressionReport:
     """How the genes of cells fit those of a model, without reading any counts. Arguments as of `read_expression`."""
     config = getattr(model, "config", model)
-    with open_counts(source) as matrix:
+    with open_counts(source, layer=layer) as matrix:
+        matrix.passing_cells(cells)  # raises for what is no mask
         match = _match(matrix, config, gene_ids, aliases)
         found = np.zeros(config.n_genes, dtype=bool)
         found[match.index_g[match.index_g >= 0]] = True

@@ -49,6 +49,11 @@ class GeneNames:
             return list(self.ids)
         return [symbol if is_named(symbol) else gene for symbol, gene in zip(self.symbols, self.ids, strict=True)]
 
+    def config_options(self) -> dict[str, Any]:
+        """Fields of `GeneGraphConfig` that say that a model has these genes."""
+        symbols = None if self.symbols is None else list(self.symbols)
+        return {"n_genes": len(self), "gene_ids": list(self.ids), "gene_symbols": symbols}
+
     @classmethod
     def of_config(cls, config: Any) -> "GeneNames":
         """The genes that a model was made for.
@@ -63,13 +68,14 @@ class GeneNames:
         return cls(tuple(config.gene_ids), None if config.gene_symbols is None else tuple(config.gene_symbols))
 
 
-def gene_names(source: Any, column: str | None = None) -> GeneNames:
+def gene_names(source: Any, column: str | None = None, *, layer: str | None = None) -> GeneNames:
     """The genes of cells, each once, in their order there.
 
     source  AnnData, or the path of a count file (`open_counts`)
     column  of `var` with the ids; by default the first that usually holds them, else the index
+    layer   with the counts, as of `read_expression`: `raw` may have other genes than X
     """
-    with open_counts(source) as matrix:
+    with open_counts(source, layer=layer) as matrix:
         ids = [canonical_id(name) for name in matrix.gene_names(column)]
         named = next((name for name in GENE_SYMBOL_COLUMNS if name in matrix.var), None)
         symbols = [str(name) for name in (matrix.var.index if named is None else matrix.var[named])]

@@ -51,8 +51,10 @@ def gene_importance(
     genes = GeneNames.of_config(model.config)
     sums = _Sums(model, len(names))
     with open_counts(source, layer=layer) as matrix, evaluating(model) as device:
-        known = None if labels is None else _codes(matrix, labels, names)
-        with tqdm(total=matrix.n_cells, desc="importance", unit="cell", disable=not progress) as bar:
+        chosen = options.get("cells")
+        known = None if labels is None else _codes(matrix, labels, names, chosen)
+        n_cells = matrix.n_cells if chosen is None else int(np.sum(chosen))
+        with tqdm(total=n_cells, desc="importance", unit="cell", disable=not progress) as bar:
             for rows, block in iter_expression(matrix, model, **options):
                 for start in range(0, len(rows), cells_per_batch):
                     batch = slice(start, start + cells_per_batch)
@@ -62,15 +64,16 @@ def gene_importance(
     return _gene_table(sums, names, genes), _edge_table(sums, names, genes, top_edges)
 
 
-def _codes(matrix: Any, column: str, names: list[str]) -> np.ndarray:
-    """(cells,) class of each cell, -1 where its label is none of the model's."""
+def _codes(matrix: Any, column: str, names: list[str], chosen: np.ndarray | None) -> np.ndarray:
+    """(cells,) class of each cell, -1 where its label is none of the model's; some of the chosen cells have one."""
     if column not in matrix.obs:
         raise ValueError(
             f"{matrix.name}: obs has no column {column!r}; it has {', '.join(map(str, matrix.obs)) or 'none'}."
         )
     found = matrix.obs[column].astype(str)
     codes = pd.Categorical(found, categories=names).codes.astype(np.int64)
-    if (codes < 0).all():
+    if (codes if chosen is None else codes[chosen]).max(initial=-1) < 0:
+        found = found if chosen is None else found[chosen]
         raise ValueError(
             f"{matrix.name}: no label in obs[{column!r}] (e.g. {examples(found.unique())}) is one of the model's "
             f"({examples(names)})."

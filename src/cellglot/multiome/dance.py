@@ -5,8 +5,7 @@ Cells and source features are nodes; a cell and each feature that it has are joi
 value. Differs from the release: no edges between genes of a pathway, which need gene sets; cells begin with components
 of an SVD beside the statistics of their batch; the graph of training holds training cells only, and new cells join it
 to be predicted; one network in place of the mean of four; in both directions (the release answers ATAC -> GEX with the
-mean of the training cells); a loss of some cells a step, hundreds of steps in place of
-thousands. Needs torch-geometric.
+mean of the training cells); a loss of some cells a step, 150 steps in place of thousands. Needs torch-geometric.
 Axes: n cells, s source features, t target features, d width.
 """
 
