@@ -14,12 +14,16 @@ from cellglot.tokenization.expression_features import ExpressionFeatureExtractor
 TASKS = ("mask", "cell_line", "drug", "dose")
 EPOCHS = 40
 VALIDATION_SHARE = 0.1
+# The paper's; encoders to fine-tune are of the first.
+MASK_RATIOS = (0.15, 0.8)
 # Shrinkage of the covariance of genes to its diagonal
 SHRINKAGE = 0.1
 Encoder = tuple[dict[str, torch.Tensor], ExpressionFeatureExtractor]
 
 
-def pretraining(task: Task, seed: int) -> tuple[dict[str, dict[str, float]], dict[str, Encoder]]:
+def pretraining(
+    task: Task, seed: int, ratios: Sequence[float] = MASK_RATIOS
+) -> tuple[dict[str, dict[str, float]], dict[str, Encoder]]:
     """(row -> figure -> value, encoders "subset" and "whole" to fine-tune)."""
     subset, whole = task.unlabelled["subset"], task.unlabelled["whole"]
     rng = np.random.default_rng(seed)
@@ -39,13 +43,13 @@ def pretraining(task: Task, seed: int) -> tuple[dict[str, dict[str, float]], dic
         rows[name] = {**figures(model, tested, extractor, ratio, seed), "seconds_per_epoch": seconds}
         return model.model.state_dict()
 
-    for ratio in (0.15, 0.8):
+    for ratio in ratios:
         percent = f"{ratio:.0%}"
         rows |= guesses(known, tested, extractor, ratio, seed)
         one_task = add(f"one task, {percent}, subset", ratio, ("mask",), subset, held_out)
         four_tasks = add(f"four tasks, {percent}, subset", ratio, TASKS, subset, held_out, one_task)
         of_all = add(f"one task, {percent}, whole", ratio, ("mask",), whole, [*held_out, *extra])
-        if ratio == 0.15:
+        if ratio == MASK_RATIOS[0]:
             encoders = {"subset": (four_tasks, extractor), "whole": (of_all, extractor)}
     return rows, encoders
 
