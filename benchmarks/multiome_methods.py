@@ -40,9 +40,9 @@ SET_HEAD_TRAINING: dict[str, dict[str, Any]] = {
 }
 for _options in SET_HEAD_TRAINING.values():
     _options |= {**SMALL, "gamma_negative": 0.0, "patience": 3}
-# Few steps: what a laptop does in two minutes
+# Few steps: on sci-CAR each takes a second
 T5_TRAINING: dict[str, Any] = {**SMALL, "head": "t5", "learning_rate": 3e-3, "max_steps": 150, "batch_size": 16}
-# Cells that the T5 writes out, which takes long
+# Test cells that the T5 writes out, a token at a time
 GENERATED_CELLS = 32
 CELLS_AT_ONCE = 64
 
