@@ -10,8 +10,8 @@ genes exchanged; the edges exchanged, each gene with as many as before); baselin
 
 A seed is an initialization, an order of cells, a shuffle and, with 25 cells a type, a draw of cells. ± is half a 95%
 interval over seeds. Epochs are about what the classifier without a graph needed with training donor 1015 (or the batch
-sc_celseq2) held out, cut to save time; the learning rate is Adam's usual one. 25 minutes of CPU; finished parts below --work are not
-computed again, and --minutes stops after a while. Data: the folder CELLGLOT_DATA, else ../shared/data.
+sc_celseq2) held out, cut to save time; the learning rate is Adam's usual one. 25 minutes of CPU; finished parts below
+--work are not computed again, and --minutes stops after a while. Data: the folder CELLGLOT_DATA, else ../shared/data.
 """
 
 import argparse
