@@ -53,6 +53,9 @@ Rows = list[tuple[str, dict[str, Any]]]
 # Job -> the data set whose tables its rows go to
 DATA_SETS = {"l1000": "l1000", "l1000_genes": "l1000", "interferon": "interferon", "interferon_recipes": "interferon"}
 JOBS = (*DATA_SETS, "speed")
+# The best of the simple means, which rows are compared with seed by seed, and the figures that are
+REFERENCES = {"l1000": "treated mean of the plate", "interferon": "additive"}
+COMPARED = ("mean", "delta", "delta_centroid", "mse", "energy")
 # Epochs to choose from; a token a gene is too dear to choose.
 GRID = (2, 4, 8, 16)
 AUTOENCODER_GRID = (5, 20, 40)
@@ -148,6 +151,11 @@ def main() -> None:
             record["tables"].setdefault(f"{DATA_SETS[job]}, {table}", {}).update(rows)
         record[f"{job} epochs"] = [one["epochs"] for one in records]
         record[f"{job} seconds"] = [one["seconds"] for one in records]
+    record["differences"] = {
+        name: differences(rows, REFERENCES[name.split(", ")[0]])
+        for name, rows in record["tables"].items()
+        if name.endswith("DE genes of training conditions")
+    }
     if "speed" in args.only:
         record["speed"] = read(work / "speed.json")
     print_tables(record)
@@ -381,13 +389,29 @@ def summarized(tables: list[dict[str, dict[str, float]]]) -> dict[str, dict[str,
     }
 
 
+def differences(rows: dict[str, Any], reference: str) -> dict[str, dict[str, Any]]:
+    """row -> figure -> interval of its difference from a reference row of the same seeds."""
+    if reference not in rows:
+        return {}
+    return {
+        row: {
+            figure: interval(list(np.subtract(rows[row][figure]["values"], rows[reference][figure]["values"])))
+            for figure in COMPARED
+        }
+        for row in rows
+        if row != reference
+    }
+
+
 def interval(values: list[float]) -> dict[str, Any]:
     half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "ci": half, "values": values}
+    return {"mean": float(np.mean(values)), "ci": half, "values": [float(value) for value in values]}
 
 
 def print_tables(record: dict[str, Any]) -> None:
-    for name, rows in record["tables"].items():
+    changes = record.get("differences", {})
+    against = {name: f"{name.split(', ')[0]}, differences from {REFERENCES[name.split(', ')[0]]}" for name in changes}
+    for name, rows in (record["tables"] | {against[name]: rows for name, rows in changes.items() if rows}).items():
         shown = PRETRAINING_SHOWN if "pre-training" in name else SHOWN
         if "cell-eval" in name:
             shown = {figure: figure for figure in next(iter(rows.values()))}

@@ -11,7 +11,7 @@ from ..conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from drug_response import averaged, interval, summarized, text
+from drug_response import COMPARED, averaged, differences, interval, summarized, text
 from drug_response_cell_eval import check_cell_eval, write_pair
 from drug_response_data import Task
 from drug_response_models import TransformerResponse, chosen, condition_labels
@@ -43,6 +43,19 @@ def test_intervals_are_student_s():
     tables = [{"row": {"mean": 1.0}}, {"row": {"mean": 3.0}}]
     assert averaged(tables) == {"row": {"mean": 2.0}}
     assert summarized(tables)["row"]["mean"]["values"] == [1.0, 3.0]
+
+
+def test_differences_are_seed_by_seed():
+    """A step that is the same in every seed is sure, however much the seeds differ."""
+    values = {figure: np.array([1.0, 5.0, 9.0]) for figure in COMPARED}
+    rows = {
+        row: {figure: interval(list(v + step)) for figure, v in values.items()} for row, step in (("a", 0), ("b", 0.5))
+    }
+    found = differences(rows, "a")
+    assert list(found) == ["b"]
+    assert found["b"]["delta"]["mean"] == pytest.approx(0.5)
+    assert found["b"]["delta"]["ci"] == pytest.approx(0, abs=1e-12)
+    assert differences(rows, "c") == {}
 
 
 def test_times_are_chosen_without_the_test_part():

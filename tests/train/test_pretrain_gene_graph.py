@@ -100,7 +100,7 @@ def test_groups_that_are_left_out_take_no_part(files, tmp_path):
 def test_cells_that_are_left_out_do_not_reach_the_weights(files, tmp_path):
     cells = ad.read_h5ad(files / "cells.h5ad")
     left_out = (cells.obs["donor"] == "2").to_numpy()
-    counts = cells.X.toarray()
+    counts = cells.to_df().to_numpy()
     counts[left_out] += 7
     cells.X = sp.csr_matrix(counts)
     cells.write_h5ad(tmp_path / "other.h5ad")
