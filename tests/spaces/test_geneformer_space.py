@@ -1,0 +1,129 @@
+"""spaces/geneformer: by clicks in a browser, through its API, and with what it should refuse."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from .conftest import Served, prepare, served
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("geneformer")
+    bundle = prepare("geneformer", folder / "model", "--pretrain-epochs", "1", "--finetune-epochs", "1")
+    (folder / "uploads").mkdir()
+    with served("geneformer", bundle, folder / "uploads") as running:
+        yield running
+
+
+def client(space: Served) -> Any:
+    from gradio_client import Client
+
+    return Client(space.url, verbose=False, analytics_enabled=False)
+
+
+def some_cells(n: int, path: Path) -> Path:
+    """n cells of the built-in ones."""
+    from cellglot.datasets_scripts.pbmc import recover_counts
+
+    with np.errstate(all="ignore"):
+        import scanpy
+
+        reduced: Any = scanpy.datasets.pbmc68k_reduced()
+    cells = ad.AnnData(sp.csr_matrix(recover_counts(reduced.raw.X)[:n]), var=reduced.raw.var[[]])
+    cells.write_h5ad(path)
+    return path
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "theme"), [(1200, "light"), (390, "dark")])
+def test_by_clicks(space: Served, browser: Any, screenshots: Path, width: int, theme: str) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{space.url}/?__theme={theme}")
+    page.get_by_role("button", name="Analyse the built-in").click()
+    page.get_by_text("700 cells").wait_for(timeout=90_000)
+    page.get_by_role("button", name="Perturb", exact=True).click()
+    page.get_by_text("by strength").wait_for(timeout=90_000)
+    figures = page.locator(".gradio-container img")
+    figures.nth(4).wait_for()
+    sizes = figures.evaluate_all("images => images.map(image => [image.naturalWidth, image.clientWidth])")
+    page.screenshot(path=screenshots / f"geneformer-{width}-{theme}.png", full_page=True)
+    too_wide = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+    page.close()
+    assert len(sizes) == 5
+    assert all(natural > 300 and shown > 200 for natural, shown in sizes)
+    assert not too_wide
+    elsewhere = [url for url in asked if not url.startswith((space.url, "data:", "blob:"))]
+    assert not elsewhere
+
+
+def test_upload_perturb_and_nothing_kept(space: Served, tmp_path: Path) -> None:
+    from gradio_client import handle_file
+
+    api = client(space)
+    said, *_ = api.predict(handle_file(some_cells(53, tmp_path / "mine.h5ad")), api_name="/analyse")
+    assert "53 cells" in said
+    said, *figures = api.predict("CD3D", "overexpress", api_name="/perturb")
+    assert "CD3D" in said
+    assert len(figures) == 3
+    assert not list(space.folder.rglob("*.h5ad"))
+
+
+def test_sessions_do_not_mix(space: Served, tmp_path: Path) -> None:
+    from gradio_client import handle_file
+
+    sizes = [17, 23, 29, 31, 37, 41]
+    paths = {n: some_cells(n, tmp_path / f"{n}.h5ad") for n in sizes}
+
+    def ask(n: int) -> tuple[str, str]:
+        api = client(space)
+        said, *_ = api.predict(handle_file(paths[n]), api_name="/analyse")
+        return said, api.predict("FTL", "delete", api_name="/perturb")[0]
+
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        answers = list(pool.map(ask, sizes))
+    for n, (said, perturbed) in zip(sizes, answers, strict=True):
+        assert f"**{n} cells**" in said
+        assert "FTL" in perturbed
+
+
+@pytest.mark.parametrize("what", ["text", "unknown genes", "no file"])
+def test_errors_are_in_words(space: Served, tmp_path: Path, what: str) -> None:
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+
+    path = tmp_path / "bad.h5ad"
+    if what == "text":
+        path.write_text("hello")
+    elif what == "unknown genes":
+        ad.AnnData(sp.csr_matrix(np.ones((20, 7), np.float32))).write_h5ad(path)
+    expected = {"text": "Expected an .h5ad file", "unknown genes": "vocabulary", "no file": "found none"}[what]
+    with pytest.raises(AppError, match=expected):
+        client(space).predict(None if what == "no file" else handle_file(path), api_name="/analyse")
+
+
+def test_files_of_the_server_cannot_be_named(space: Served) -> None:
+    from gradio_client.exceptions import AppError
+
+    api = client(space)
+    for path in ("/etc/passwd", "../../etc/passwd", str(Path(__file__).resolve())):
+        with pytest.raises((AppError, ValueError)) as error:
+            api.predict({"path": path, "meta": {"_type": "gradio.FileData"}}, api_name="/analyse")
+        assert "root:" not in str(error.value)
+
+
+def test_perturbing_before_cells_are_there_is_an_error(space: Served) -> None:
+    from gradio_client.exceptions import AppError
+
+    with pytest.raises(AppError, match="analyse a file"):
+        client(space).predict("CD3D", "delete", api_name="/perturb")
