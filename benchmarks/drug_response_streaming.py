@@ -2,9 +2,9 @@
 
     python benchmarks/drug_response_streaming.py --json benchmarks/results/drug_response_streaming.json
 
-Stage 1 of the small model goes once over files of --profiles profiles x 978 genes: reading, aligning and storing them,
-then masked training on the stored ones; if memory is bounded, the larger file takes no more of the process's own. The
-base recipes (BERT-base, a token a gene) do --steps steps on the real wells of HT115 (folder CELLGLOT_DATA, else
+Stage 1 of the small model on files of --profiles profiles x 978 genes: reading, aligning and storing them, then some
+steps of masked training on the stored ones; if memory is bounded, the larger file takes no more of the process's own.
+The base recipes (BERT-base, a token a gene) do --steps steps on the real wells of HT115 (folder CELLGLOT_DATA, else
 ../shared/data), with their own settings but fewer profiles at a time. Every job is a process of its own.
 """
 
@@ -56,20 +56,19 @@ def write_gctx(path: Path, n_profiles: int, seed: int) -> None:
         file["/0/META/ROW/id"] = np.array([str(100 + i) for i in range(N_GENES)], "S")
 
 
-def stream(data: str, output: str) -> dict[str, Any]:
-    """Stage 1 of the small model, one pass over a file; seconds until the profiles are stored, and of the training."""
+def stream(data: str, output: str, steps: int) -> dict[str, Any]:
+    """Stage 1 of the small model on a file; seconds until its profiles are stored, and of the training steps."""
     from cellglot.train.pretrain import main
 
-    options = "--method drug_response --preset small --epochs 1 --batch_size 2048 --max_validation_profiles 1000"
+    options = "--method drug_response --preset small --batch_size 2048 --max_validation_profiles 256 --report False"
     begun = time.time()
-    main([*options.split(), "--report", "False", "--data", data, "--output", output])
+    main([*options.split(), "--max_steps", str(steps), "--data", data, "--output", output])
     report = json.loads((Path(output) / "report.json").read_text())
     stored = (Path(output) / "data" / "data.json").stat().st_mtime
     return {
         "storing_seconds": stored - begun,
         "training_seconds": report["seconds"],
-        "training_profiles": report["n_train"],
-        "steps": report["steps"],
+        "training_profiles": 2048 * report["steps"],
         "validation_loss": report["validation_loss"],
         "own_memory_mb": _own_memory_mb(),
     }
@@ -107,24 +106,26 @@ CONTENDERS = {"stream": stream, "base": base}
 def main() -> None:
     answer_as_contender(CONTENDERS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profiles", type=int, nargs="+", default=[25_000, 100_000], help="profiles of each file")
-    parser.add_argument("--steps", type=int, default=3, help="steps of each base recipe; 0: leave them out")
+    parser.add_argument("--profiles", type=int, nargs="*", default=[25_000, 100_000], help="profiles of each file")
+    parser.add_argument("--stream-steps", type=int, default=10, help="steps of 2,048 profiles on each file")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each base recipe; 0: leave them out")
     parser.add_argument("--base-profiles", type=int, default=1, help="profiles of a step of the base recipes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    # Saved part by part: the base recipes take minutes.
     record: dict[str, Any] = {"profiles": args.profiles, "genes": N_GENES, "base_profiles": args.base_profiles}
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     with TemporaryDirectory() as name:
         folder = Path(name)
         for n in args.profiles:
             write_gctx(folder / "profiles.gctx", n, args.seed)
-            found = run_contender(
-                __file__, "stream", {"data": str(folder / "profiles.gctx"), "output": str(folder / f"run-{n}")}
-            )
+            arguments = {"data": str(folder / "profiles.gctx"), "output": str(folder / f"run-{n}")}
+            found = run_contender(__file__, "stream", {**arguments, "steps": args.stream_steps})
             found["stored_profiles_per_second"] = n / found["storing_seconds"]
             found["trained_profiles_per_second"] = found["training_profiles"] / found["training_seconds"]
             record |= {f"{figure}_{n}": value for figure, value in found.items()}
+            save_results(record | machine(), args.json)
         plain = {"batch_size": args.base_profiles, "max_steps": args.steps, "log_every": 1}
         only_train = {"report": False, "max_validation_profiles": 1}
         stages = {
@@ -137,8 +138,8 @@ def main() -> None:
                 options["model"] = str(folder / "base_pretraining" / "model")
             found = run_contender(__file__, "base", {"script": script, "recipe": recipe, "options": options})
             record |= {f"{stage}_{figure}": value for figure, value in found.items()}
+            save_results(record | machine(), args.json)
     print_table(["figure", "value"], list(record.items()))
-    save_results(record | machine(), args.json)
 
 
 if __name__ == "__main__":

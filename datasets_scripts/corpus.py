@@ -454,7 +454,9 @@ def _link(path: Path, link: Path, *, symbolic: bool = False) -> None:
 def command_line(builder_class: type[CorpusBuilder], arguments: Sequence[str] | None = None) -> Path:
     """Builds a corpus and its dataset card as the command line says; returns the folder of the config."""
     # First, since what it draws with may not be installed
-    from cellglot.datasets_scripts.dataset_card import push_to_hub, write_card
+    from cellglot.datasets_scripts.dataset_card import write_card
+    from cellglot.hub import HubError, create_repository
+    from cellglot.publication import find_publication, publish
 
     parser = argparse.ArgumentParser(
         description=inspect.getdoc(inspect.getmodule(builder_class)),
@@ -483,14 +485,17 @@ def command_line(builder_class: type[CorpusBuilder], arguments: Sequence[str] | 
     if repository and output is None:
         parser.error("--push-to-hub needs --output, the folder that it uploads.")
     try:
+        if repository:
+            # Before hours of building: a wrong name or token shows at once.
+            create_repository(repository, "dataset", private=private)
         builder = builder_class(**options)
         folder = builder.prepare(output, num_proc)
         if output is not None:
             # Pyright knows this module by two names, through the link in the package.
-            print(write_card(builder, output, repository))  # type: ignore[arg-type]
+            print(write_card(builder, output))  # type: ignore[arg-type]
             if repository:
-                print(push_to_hub(output, repository, private=private))
-    except CorpusError as error:
+                print(publish(find_publication(output, repository), private=private))
+    except (CorpusError, HubError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(folder)
     return folder

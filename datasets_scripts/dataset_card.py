@@ -15,22 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.config import DATASET_INFO_FILENAME
 from datasets.utils import tqdm
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import httpx
+from huggingface_hub import DatasetCard, DatasetCardData
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cellglot.datasets_scripts.corpus import CorpusBuilder
-from cellglot.datasets_scripts.corpus_errors import CorpusError, disk_full
+from cellglot.datasets_scripts.corpus_errors import disk_full
+from cellglot.publication import PLACEHOLDER
 
 PICTURE = "statistics.png"
 LABELS_SHOWN = 20
 # Stands for a null among the values of a label
 NO_VALUE = "(none)"
 ROWS_PER_BATCH = 4096
-# What a build in progress leaves beside the corpus
-NOT_UPLOADED = ["*.lock", "*.parts/**", "*.incomplete/**", "*.tmp"]
 
 
 @dataclass
@@ -126,11 +123,8 @@ def draw_statistics(statistics: Statistics, builder: CorpusBuilder) -> Figure:
     return figure
 
 
-def write_card(builder: CorpusBuilder, output: str | Path, repository: str | None = None) -> Path:
-    """README.md and its picture for all configs of a corpus that are in a folder; returns the path of README.md.
-
-    repository  its name on the Hub, for the card's lines on loading
-    """
+def write_card(builder: CorpusBuilder, output: str | Path) -> Path:
+    """README.md and its picture for all configs of a corpus that are in a folder; returns the path of README.md."""
     output = Path(output).absolute()
     configs = {}
     for path in sorted(output.glob(f"*/{DATASET_INFO_FILENAME}")):
@@ -150,8 +144,7 @@ def write_card(builder: CorpusBuilder, output: str | Path, repository: str | Non
         for config, info in configs.items()
     }
     card = DatasetCard(
-        f"---\n{_front_matter(builder, configs, statistics)}\n---\n\n"
-        + _text(builder, configs, statistics, repository or "PATH/OF/THIS/FOLDER")
+        f"---\n{_front_matter(builder, configs, statistics)}\n---\n\n" + _text(builder, configs, statistics)
     )
     try:
         partial = output / f".{PICTURE}"
@@ -199,10 +192,9 @@ def _text(
     builder: CorpusBuilder,
     configs: Mapping[str, datasets.DatasetInfo],
     statistics: Statistics,
-    place: str,
 ) -> str:
     config, config_splits = next(iter(statistics.items()))
-    loading = f'load_dataset("{place}", "{config}", split="{next(iter(config_splits))}"'
+    loading = f'load_dataset("{PLACEHOLDER}", "{config}", split="{next(iter(config_splits))}"'
     splits = _by_name(statistics)
     parts = [
         f"# {builder.CARD.get('pretty_name', builder.name)}",
@@ -320,20 +312,3 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def push_to_hub(output: str | Path, repository: str, *, private: bool = False) -> str:
-    """Uploads a built corpus with its card; returns its address.
-
-    Raises  CorpusError if the Hub cannot be reached, or refuses
-    """
-    hub = HfApi()
-    try:
-        url = hub.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-        hub.upload_folder(folder_path=output, repo_id=repository, repo_type="dataset", ignore_patterns=NOT_UPLOADED)
-    except (OSError, httpx.HTTPError, HFValidationError) as error:
-        raise CorpusError(
-            f"{output} is complete, but could not be uploaded to {repository} ({type(error).__name__}: {error}). Check "
-            "the name and `hf auth login`, and run the same command again: nothing is built or uploaded twice."
-        ) from error
-    return str(url)

@@ -48,6 +48,17 @@ def recover_counts(log_values_ng: sp.csr_matrix | np.ndarray) -> sp.csr_matrix:
     return scaled.astype(np.float32)
 
 
+def pbmc_cells() -> Any:
+    """AnnData of all 700: raw counts, obs["cell_type"], ["n_counts"], and ["held_out"], true of validation cells."""
+    import anndata as ad
+
+    builder = PBMC()
+    reduced = builder._cells
+    obs = reduced.obs.rename(columns={"bulk_labels": "cell_type"})[["cell_type", "n_counts"]]
+    obs["held_out"] = np.isin(np.arange(len(obs)), builder._positions["validation"])
+    return ad.AnnData(recover_counts(reduced.raw.X), obs=obs, var=reduced.raw.var[[]])
+
+
 class PBMC(CorpusBuilder):
     """700 PBMCs, 765 genes, ten cell types; train and validation split by cell."""
 

@@ -11,6 +11,8 @@ from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
+from cellglot.publication import PLACEHOLDER
+
 PICTURE = "lengths.png"
 BINS = 60
 # Files of the corpus that the card lists; statistics.json has them all
@@ -68,7 +70,7 @@ def _text(name: str, statistics: dict[str, Any], cells_of_length: np.ndarray) ->
         "columns of the annotation. Rows are in order of file and cell. `lengths.npy` holds all lengths, `tokenizer/`",
         "the vocabulary.",
         "",
-        f'```python\nfrom datasets import load_dataset\n\ncells = load_dataset("{name}", split="train")\n```',
+        f'```python\nfrom datasets import load_dataset\n\ncells = load_dataset("{PLACEHOLDER}", split="train")\n```',
         "",
         f"![Tokens of a cell]({PICTURE})",
         "",

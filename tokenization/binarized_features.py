@@ -4,6 +4,7 @@ The threshold, and what names and values of files may be, are decided here; `bin
 Source: Lee et al., "Translating the Code of Life", Methods.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from .feature_sets import FeatureSets, feature_sets
 from .gene_ids import GENE_ID_COLUMNS, GENE_SYMBOL_COLUMNS, GeneResolver, examples
 from .paired_cells import ACCESSIBILITY, EXPRESSION, Modality, PairedCells, open_pairs
 from .peaks import peak_keys
+
+logger = logging.getLogger(__name__)
 
 # Key of all expression beside the sets of `iter_sets`
 LEVELS = "expression levels"
@@ -49,6 +52,17 @@ class PairingReport:
             f"{self.name}: {self.n_cells:,} cells, {self.n_empty_sources:,} with nothing to read; {genes}, {peaks} in "
             f"the vocabulary; {self.n_expressed / n:,.0f} expressed genes and {self.n_open / n:,.0f} open peaks a cell"
         )
+
+
+def peak_keys_of(modality: Modality) -> list[tuple[str, int, int]]:
+    """`peak_keys` of the features of a modality.
+
+    Raises  ValueError naming the file and its malformed names
+    """
+    try:
+        return peak_keys(modality.names())
+    except ValueError as error:
+        raise ValueError(f"{modality.matrix.name}: {error} The order is (expression, accessibility).") from error
 
 
 class BinarizedFeatureExtractor(FeatureExtractionMixin):
@@ -182,7 +196,10 @@ class BinarizedFeatureExtractor(FeatureExtractionMixin):
                 f"check that the values are what expression_values={self.expression_values!r} says."
             )
         if report.n_cells and seen.get(ACCESSIBILITY) == 0:
-            raise ValueError(f"{report.name}: no peak of the vocabulary is open in any of {report.n_cells:,} cells.")
+            raise ValueError(
+                f"{pairs.present[ACCESSIBILITY].matrix.name}: no peak of the vocabulary is open in any of "
+                f"{report.n_cells:,} cells. Check that the matrix, or layer=..., has the fragment counts."
+            )
 
     def _positions(
         self, modality: Modality, name: str, least: float, report: PairingReport
@@ -209,6 +226,14 @@ class BinarizedFeatureExtractor(FeatureExtractionMixin):
                 f"the vocabulary of {len(vocabulary):,}; not in it are e.g. {examples(unknown)}; it holds e.g. "
                 f"{examples(vocabulary)}. {hint}"
             )
+        if n_matched < possible:
+            logger.warning(
+                "%s: %s of %s %s are in the vocabulary of %s; the others are left out, and what the vocabulary has "
+                "beyond counts as absent.",
+                modality.matrix.name,
+                *(f"{n_matched:,}", f"{len(found):,}", "genes" if name == EXPRESSION else "peaks"),
+                f"{len(vocabulary):,}",
+            )
         position_g = np.full(modality.matrix.n_genes, -1, dtype=np.int32)
         position_g[modality.columns] = found
         if len(np.unique(found[found >= 0])) == n_matched:
@@ -225,7 +250,7 @@ class BinarizedFeatureExtractor(FeatureExtractionMixin):
         return max(matches, key=lambda match: match.n_matched).index_g
 
     def _match_peaks(self, modality: Modality) -> np.ndarray:
-        positions = (self._position_of_peak.get(key, -1) for key in peak_keys(modality.names()))
+        positions = (self._position_of_peak.get(key, -1) for key in peak_keys_of(modality))
         return np.fromiter(positions, dtype=np.int64, count=len(modality.columns))
 
     def _check_values(self, modality: Modality, name: str, rows: np.ndarray, values: sp.csr_matrix) -> None:

@@ -19,7 +19,7 @@ import scipy.sparse as sp
 from tqdm.auto import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
-from .binarized_features import LEVELS, MIN_MATCHED_FEATURES, BinarizedFeatureExtractor, PairingReport
+from .binarized_features import LEVELS, MIN_MATCHED_FEATURES, BinarizedFeatureExtractor, PairingReport, peak_keys_of
 from .count_matrix import CELLS_PER_BLOCK
 from .feature_sets import FeatureSets, ragged_gather, ranked
 from .gene_ids import GENE_ID_COLUMNS, GENE_SYMBOL_COLUMNS, examples, is_named
@@ -118,6 +118,7 @@ class BinarizedStringProcessor(ProcessorMixin):
                     f"{pairs.first.name}: expected genes and peaks, found {', '.join(pairs.present)} only."
                 )
             genes = np.array(pairs.expression.names(gene_names), dtype=object)
+            peak_keys_of(pairs.accessibility)
             peaks = np.array(pairs.accessibility.names(), dtype=object)
             options["gene_aliases"] = _aliases(pairs.expression, genes) | dict(options.get("gene_aliases") or {})
             settings = {name: options[name] for name in options if not name.startswith("subword_")}
@@ -382,13 +383,17 @@ class BinarizedStringProcessor(ProcessorMixin):
         """
         if levels and (self.encoding != "binned" or modality != EXPRESSION):
             raise ValueError("Levels are in the strings of expression with encoding='binned' only.")
-        units, offsets = self._units_of(sequences, modality)
+        if modality not in (EXPRESSION, ACCESSIBILITY):
+            raise ValueError(f"Expected modality {EXPRESSION!r} or {ACCESSIBILITY!r}, found {modality!r}.")
+        units, offsets, told = self._units_of(sequences, modality)
         n_features = len(self.feature_extractor.features(modality))
         if (units < 0).any():
             if unknown == "error":
+                strangers = [told[i] for i in np.flatnonzero(units < 0)[:3]]
+                names = [s if isinstance(s, str) else self.tokenizer.convert_ids_to_tokens(int(s)) for s in strangers]
                 raise ValueError(
-                    f"{int((units < 0).sum()):,} words or tokens are no feature of {modality}; unknown='ignore' leaves "
-                    "them out."
+                    f"{int((units < 0).sum()):,} of {len(units):,} words or tokens are no feature of {modality}, e.g. "
+                    f"{examples(names)}; unknown='ignore' leaves them out."
                 )
             kept = units >= 0
             offsets = np.concatenate([[0], np.cumsum(kept)])[offsets]
@@ -410,8 +415,9 @@ class BinarizedStringProcessor(ProcessorMixin):
         found.sort_indices()
         return found
 
-    def _units_of(self, sequences: Any, modality: str) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of features (bins after them) in sequences end to end, -1 for strangers; and where each begins."""
+    def _units_of(self, sequences: Any, modality: str) -> tuple[np.ndarray, np.ndarray, Any]:
+        """Positions of features (bins after them) in sequences end to end, -1 for strangers; where each sequence
+        begins; the words, or ids of tokens, that were read."""
         sequences = sequences.tolist() if hasattr(sequences, "tolist") else list(sequences)
         bins = _bin_tokens(self.feature_extractor) if modality == EXPRESSION else []
         special = set(self.tokenizer.all_special_ids) - set(self.tokenizer.convert_tokens_to_ids(bins))
@@ -422,7 +428,7 @@ class BinarizedStringProcessor(ProcessorMixin):
                 ids = np.concatenate([np.zeros(0, np.int64), *(np.asarray(s, np.int64) for s in sequences)])
                 kept = (ids >= 0) & ~np.isin(ids, list(special))
                 ends = np.cumsum([0, *map(len, sequences)])
-                return position[ids[kept]], np.concatenate([[0], np.cumsum(kept)])[ends]
+                return position[ids[kept]], np.concatenate([[0], np.cumsum(kept)])[ends], ids[kept]
             ids = [[i for i in s if i >= 0 and i not in special] for s in sequences]
             sequences = self.tokenizer.batch_decode(ids, skip_special_tokens=False)
             # Special tokens are decoded without blanks around them.
@@ -432,7 +438,8 @@ class BinarizedStringProcessor(ProcessorMixin):
         words = [[word for word in str(s).split() if word not in passed_over] for s in sequences]
         where = self._position_of_word[modality]
         offsets = np.concatenate([[0], np.cumsum([len(s) for s in words], dtype=np.int64)])
-        return np.array([where.get(word, -1) for s in words for word in s], dtype=np.int64), offsets
+        told = [word for s in words for word in s]
+        return np.array([where.get(word, -1) for word in told], dtype=np.int64), offsets, told
 
     @cached_property
     def _position_of_word(self) -> dict[str, dict[str, int]]:

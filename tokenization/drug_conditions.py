@@ -28,9 +28,9 @@ def micromolar(dose: Any, unit: str | None) -> np.ndarray:
     wrong = ~(doses >= 0) | ~np.isfinite(doses)
     if wrong.any():
         raise ValueError(
-            f"Expected doses of 0 {unit} or more, found {int(wrong.sum()):,} others (e.g. "
-            f"{', '.join(f'{value:g}' for value in doses[wrong][:3])}). -666 is how LINCS writes a missing dose: leave "
-            "these profiles out."
+            f"Expected doses of 0 {unit} or more, found {int(wrong.sum()):,} that are negative or no numbers (e.g. "
+            f"{', '.join(f'{value:g}' for value in doses[wrong][:3])}). Correct them, or leave their profiles out"
+            + (": -666 is how LINCS writes a missing dose." if (doses == -666).any() else ".")
         )
     return doses * factor
 

@@ -42,7 +42,15 @@ class Modality:
         return len(self.columns) < self.matrix.n_genes
 
     def names(self, column: str | None = None) -> list[str]:
-        """Feature names: the index of `var`, or one of its columns."""
+        """Feature names: the index of `var`, or one of its columns.
+
+        Raises  ValueError for a column that is not there
+        """
+        if column is not None and column not in self.matrix.var:
+            raise ValueError(
+                f"{self.matrix.name}: var has no column {column!r}; it has "
+                f"{', '.join(map(str, self.matrix.var)) or 'none'}."
+            )
         source = self.matrix.var.index if column is None else self.matrix.var[column]
         return [str(name) for name in np.asarray(source)[self.columns]]
 
@@ -171,7 +179,8 @@ def _parts(cells: Any) -> dict[str, tuple[Any, str | None]] | None:
     """(source, its modality in a file of several) of expression and accessibility; None for what is one matrix."""
     if isinstance(cells, tuple | list):
         if len(cells) != 2 or all(part is None for part in cells):
-            raise ValueError(f"Expected a pair (expression, accessibility), found {len(cells)} items.")
+            found = "neither" if len(cells) == 2 else f"{len(cells)} items"
+            raise ValueError(f"Expected a pair (expression, accessibility), one of which may be None; found {found}.")
         return {name: (part, None) for name, part in zip(FEATURE_TYPES, cells, strict=True)}
     if isinstance(cells, str | Path) and Path(cells).suffix == ".h5mu":
         keys = _modality_keys(_h5mu_modalities(Path(cells)))

@@ -8,7 +8,7 @@ import numpy as np
 
 from .gene_ids import examples
 
-_PEAK = re.compile(r"^([^\s:-]+)[:-](\d+)-(\d+)$")
+_PEAK = re.compile(r"([^\s:-]+)[:-](\d+)-(\d+)")
 _CHROMOSOME_PREFIX = re.compile(r"^chr", re.IGNORECASE)
 
 
@@ -26,7 +26,7 @@ def parse_peaks(names: Iterable[str]) -> Peaks:
     Raises  ValueError naming those that are neither chr-start-end nor chr:start-end with start below end
     """
     names = [str(name) for name in names]
-    found = [_PEAK.match(name) for name in names]
+    found = [_PEAK.fullmatch(name) for name in names]
     bad = [name for name, m in zip(names, found, strict=True) if m is None or int(m[2]) >= int(m[3])]
     if bad:
         raise ValueError(

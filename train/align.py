@@ -36,18 +36,20 @@ from cellglot.alignment import (
     ortholog_alignment,
     transport_alignment,
 )
+from cellglot.hub import reading
 from cellglot.modeling.cross_species import CrossSpeciesForTranslation
 from cellglot.tokenization.pca_projection import PCAProjectionFeatureExtractor
 from cellglot.train.alignment_data import SharedExpression, SourceCells, load_cells, shared_expression
 from cellglot.train.alignment_report import write_report
 from cellglot.train.config import option, parse_config
 from cellglot.train.loop import close
+from cellglot.train.publishing import PublishingOptions, prepare_publication, publish_run
 
 METHODS = ("adversarial", "procrustes_orthologs", "procrustes_genes", "optimal_transport")
 
 
 @dataclass
-class AlignConfig:
+class AlignConfig(PublishingOptions):
     """Options of alignment. An option by source is one value for all of them, or NAME=VALUE for some."""
 
     model: str = option("runs/cross-species/model", "model directory of train/pretrain.py --method cross_species")
@@ -99,6 +101,7 @@ class AlignConfig:
     seed: int = option(0, "seed of starts, batches and draws of cells")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         unknown = [name for name in self.method if name not in METHODS]
         if unknown or not self.method or len(set(self.method)) < len(self.method):
             raise ValueError(f"method takes each of {', '.join(METHODS)} once, found {' '.join(self.method)!r}.")
@@ -217,8 +220,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         output = check_output(config)
         check_model(config.model)
-        extractor: PCAProjectionFeatureExtractor = PCAProjectionFeatureExtractor.from_pretrained(config.model)
-        model = CrossSpeciesForTranslation.from_pretrained(config.model)
+        if is_main:
+            prepare_publication(config)
+        with reading(config.model):
+            extractor: PCAProjectionFeatureExtractor = PCAProjectionFeatureExtractor.from_pretrained(config.model)
+            model = CrossSpeciesForTranslation.from_pretrained(config.model)
         if tuple(model.config.sources) != extractor.sources or model.config.n_components != extractor.n_components:
             raise ValueError(
                 f"{config.model}: the model knows {model.config.n_components:,} components of "
@@ -263,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"align.py: {error}")
     close(accelerator)
+    publish_run(config, accelerator)
 
 
 if __name__ == "__main__":

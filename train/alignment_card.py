@@ -1,8 +1,13 @@
 """Model card of an aligned cross-species model, from the run's own figures."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult
+
+from cellglot.publication import shown
+
+from .model_card import front_matter, measured
 
 NAMES = {
     "adversarial": "adversarial alignment (Pang & Tegnér 2020, section 2.2; Conneau, Lample et al. 2018)",
@@ -12,14 +17,13 @@ NAMES = {
 }
 
 
-def alignment_card(report: dict[str, Any], config: Any) -> str:
+def alignment_card(report: dict[str, Any], config: Any, figures: Sequence[str]) -> str:
     """README.md of a model directory: front matter with `model-index`, then what a reader needs to judge the model."""
     from .alignment_report import format_methods
 
     source, target = (report["methods"][0][key] for key in ("source", "target"))
-    front = yaml.safe_dump(_front_matter(report), sort_keys=False, allow_unicode=True)
     sections = [
-        f"---\n{front}---",
+        front_matter("cross-species", _results(report), pipeline_tag="feature-extraction", start=config.model),
         f"# Cross-species model that translates, {report['n_components']:,} components",
         f"Cells of one species as cells of another: {NAMES[report['method']]}, on the principal components that an "
         "encoder and a decoder shared by the species were trained on (Pang & Tegnér, ICML 2020 Workshop on "
@@ -27,6 +31,7 @@ def alignment_card(report: dict[str, Any], config: Any) -> str:
         *_limits_first(report),
         "## Loading\n\n" + _LOADING.format(source=source, target=target),
         "## Ways to align, on held-out cells\n\n" + _READING + "\n\n" + format_methods(report["methods"]),
+        *[f"![{name.removesuffix('.png')}]({name})" for name in figures],
         "## Cells without counterpart\n\n" + _matchability(report),
         "## Fit\n\n" + _fit(report, config),
         _CLOSING,
@@ -42,7 +47,10 @@ from cellglot import CrossSpeciesForTranslation, PCAProjectionFeatureExtractor, 
 model = CrossSpeciesForTranslation.from_pretrained("PATH_OR_REPO")
 extractor = PCAProjectionFeatureExtractor.from_pretrained("PATH_OR_REPO")
 translated = translate_cells("cells.h5ad", model, extractor, source="{source}", target="{target}")
-```"""
+```
+
+Without cellglot, the code saved here loads both, `AutoModelForPreTraining` and `AutoFeatureExtractor` with
+`trust_remote_code=True`, and translates principal components; `translate_cells` is cellglot's."""
 
 _READING = (
     "Criterion: mean cosine of mapped cells to their CSLS neighbours, which needs no label. Wasserstein: order 2, of "
@@ -63,29 +71,18 @@ Architecture. ICML 2020 Workshop on Computational Biology.
 Conneau, A., Lample, G., Ranzato, M., Denoyer, L., Jégou, H. Word Translation Without Parallel Data. ICLR 2018."""
 
 
-def _front_matter(report: dict[str, Any]) -> dict[str, Any]:
+def _results(report: dict[str, Any]) -> list[EvalResult]:
     metrics = []
     for row in report["methods"]:
         if row["method"] != report["method"]:
             continue
+        pair = f"{row['source']} -> {row['target']}"
         for key, name in (("f1_to_target", "source to target"), ("f1_to_source", "target to source")):
-            if row.get(key) == row.get(key, float("nan")):
-                label = f"label transfer, macro F1, {row['source']} -> {row['target']}, {name}"
-                metrics.append({"type": "f1", "name": label, "value": round(row[key], 4)})
-        label = f"Wasserstein distance, {row['source']} -> {row['target']}"
-        metrics.append({"type": "wasserstein", "name": label, "value": round(row["wasserstein"], 4)})
-    result = {
-        "task": {"type": "feature-extraction", "name": "translation between species"},
-        "dataset": {"name": f"data {report['data']}", "type": "single-cell", "split": "validation"},
-        "metrics": metrics,
-    }
-    return {
-        "library_name": "transformers",
-        "license": "apache-2.0",
-        "pipeline_tag": "feature-extraction",
-        "tags": ["cellglot", "cross-species", "single-cell", "genomics", "biology"],
-        "model-index": [{"name": "cross-species-translation", "results": [result]}],
-    }
+            if key in row:
+                metrics.append(("f1", f"label transfer, macro F1, {pair}, {name}", round(row[key], 4)))
+        metrics.append(("wasserstein", f"Wasserstein distance, {pair}", round(row["wasserstein"], 4)))
+    task = ("feature-extraction", "translation between species")
+    return measured(task, f"{' and '.join(report['n_cells'])} cells", "validation", metrics)
 
 
 def _limits_first(report: dict[str, Any]) -> list[str]:
@@ -137,7 +134,7 @@ def _fit(report: dict[str, Any], config: Any) -> str:
         f"{name} {n['train']:,} cells, {n['held_out']:,} held out" for name, n in report["n_cells"].items()
     )
     return (
-        f"{cells} (fingerprint `{report['data']}`), pre-trained model `{config.model}`, orthologs "
-        f"{'of `' + config.orthologs + '`' if config.orthologs else 'not used'}, seed {config.seed}. All options and "
-        "versions: `run.json` beside the model."
+        f"{cells} (fingerprint `{report['data']}`), pre-trained model `{shown(config.model)}`, orthologs "
+        f"{'of `' + shown(config.orthologs) + '`' if config.orthologs else 'not used'}, seed {config.seed}. All "
+        "options and versions: `run.json`."
     )

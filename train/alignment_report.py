@@ -11,12 +11,14 @@ import torch
 
 from cellglot.alignment import Alignment, Matchability
 from cellglot.alignment.csls import mean_matched_cosine
+from cellglot.figures import save_figure
 from cellglot.metrics.label_transfer import label_transfer
 from cellglot.metrics.wasserstein import resampled_wasserstein
 
 from .alignment_card import alignment_card
 from .alignment_data import SourceCells, cell_names, project, run_options
 from .config import write_json, write_run_record
+from .figures import plot_criteria
 from .model_directory import write_model_directory
 
 NOT_ALIGNED = "none"
@@ -60,9 +62,18 @@ def write_report(
     }
     output.mkdir(parents=True)
     scores.to_parquet(output / MATCHABILITY_FILE, index=False)
-    write_model_directory(
-        model, extractor, output / "model", card=alignment_card(report, config), report=report, files={}
-    )
+    criteria = {
+        f"{source} -> {target}": alignments[config.method[0]].facts["criteria"]
+        for (source, target), alignments in found.items()
+        if config.method[0] == "adversarial"
+    }
+    figures: dict[str, Path] = {}
+    if criteria:
+        # The other methods are computed, not trained.
+        figures["criterion.png"] = output / "criterion.png"
+        save_figure(plot_criteria(criteria), figures["criterion.png"])
+    card = alignment_card(report, config, [*figures])
+    write_model_directory(model, extractor, output / "model", card=card, report=report, files=figures)
     write_json(output / "report.json", report)
     write_run_record(output / "run.json", config, data=fingerprint, pretraining=asdict(run_options(config)))
     print(format_methods(rows))

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult
+
+from .model_card import front_matter, measured
 
 
 def cross_species_card(report: dict[str, Any], data: Any, config: Any, figures: Sequence[str]) -> str:
     """README.md of a model directory: front matter with `model-index`, then what a reader needs to judge the model."""
-    front = yaml.safe_dump(_front_matter(report, data), sort_keys=False, allow_unicode=True)
+    results = _results(report, data)
     sections = [
-        f"---\n{front}---",
+        front_matter("cross-species", results, pipeline_tag="feature-extraction"),
         f"# Cross-species model, {report['n_parameters'] / 1e6:.1f}M parameters, pre-trained on {data.description}",
         "A cell is read as the principal components of its own species' expression; an encoder and a decoder shared by "
         "all species, which a trainable embedding tells apart, reconstruct components that were hidden. Method of "
@@ -63,25 +65,14 @@ def _context(report: dict[str, Any], config: Any) -> str:
     return f"up to {min(config.batch_size, config.max_tokens):,}"
 
 
-def _front_matter(report: dict[str, Any], data: Any) -> dict[str, Any]:
-    metrics = [{"type": "mse", "name": "squared error of an entry", "value": float(f"{report['validation_loss']:.4g}")}]
+def _results(report: dict[str, Any], data: Any) -> list[EvalResult]:
+    metrics = [("mse", "squared error of an entry", float(f"{report['validation_loss']:.4g}"))]
     metrics += [
-        {"type": "r2", "name": f"masked entries, {row['source']}", "value": round(row["explained"], 4)}
+        ("r2", f"masked entries, {row['source']}", round(row["explained"], 4))
         for row in report["masked"]
         if row["guess"] == "this model"
     ]
-    result = {
-        "task": {"type": "feature-extraction", "name": "masked principal components"},
-        "dataset": {"name": data.description, "type": "single-cell", "split": "validation"},
-        "metrics": metrics,
-    }
-    return {
-        "library_name": "transformers",
-        "license": "apache-2.0",
-        "pipeline_tag": "feature-extraction",
-        "tags": ["cellglot", "cross-species", "single-cell", "genomics", "biology"],
-        "model-index": [{"name": "cross-species", "results": [result]}],
-    }
+    return measured(("feature-extraction", "masked principal components"), data.description, "validation", metrics)
 
 
 def _limits_first(report: dict[str, Any]) -> list[str]:
@@ -154,6 +145,5 @@ def _training(report: dict[str, Any], data: Any, config: Any) -> str:
         f"{config.learning_rate:g} ({config.schedule}), weight decay {config.weight_decay:g}, "
         f"{config.mask_probability:.0%} of entries masked, seed {config.seed}, {report['seconds']:.0f} s. The loss is "
         f"the mean squared error of all entries, masked or not (equation 6): {report['validation_loss']:.4g} on "
-        "held-out cells, the mean over three draws of masks. All options and versions: `run.json` beside the "
-        "checkpoints."
+        "held-out cells, the mean over three draws of masks. All options and versions: `run.json`."
     )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
+from .model_card import front_matter, measured
 
 _SOURCE = (
     "Method of Tan, Wang, Zhang, *A pre-trained model for cellular responses to drug perturbations*; trained with "
@@ -32,7 +32,10 @@ extractor = cellglot.ExpressionFeatureExtractor.from_pretrained("PATH_OR_REPO")
 predicted = cellglot.predict_response(
     control_cells, model, extractor, drug={drug!r}, dose=10, dose_unit="uM", cell_line={line!r}
 )
-```"""
+```
+
+Without cellglot, the code saved here loads both, `AutoModelForPreTraining` and `AutoFeatureExtractor` with
+`trust_remote_code=True`, and predicts from a feature extractor's output; `predict_response` is cellglot's."""
 
 _CLOSING = """\
 ## Licence and citation
@@ -53,8 +56,17 @@ def pretraining_card(report: dict[str, Any], description: str, mark: str, config
         limits += [f"**{figure}: {ours:.4f}, no better than the guess “{g}”, {v:.4f}.**" for g, v in better.items()]
     if report["n_train"] < 10_000:
         limits.append(f"Trained on {report['n_train']:,} profiles only: a demonstration that the method runs.")
+    metrics = [("loss", "sum of the tasks' losses", round(report["validation_loss"], 4))]
+    metrics += [
+        ("accuracy" if "accuracy" in row["figure"] else "rmse", row["figure"], round(row["value"], 4))
+        for row in report["figures"]
+        if row["guess"] == "this model"
+    ]
+    results = measured(("feature-extraction", "masked expression"), description, "validation", metrics)
     sections = [
-        _front({"pipeline_tag": "feature-extraction"}),
+        front_matter(
+            "drug-response", results, tags=["transcriptomics"], pipeline_tag="feature-extraction", start=config.model
+        ),
         f"# Drug response model, {report['n_parameters'] / 1e6:.1f}M parameters, pre-trained on {description}",
         f"{report['n_genes']:,} genes of a profile, {config.mask_ratio:.0%} of them hidden and regressed"
         + (f"; also learnt: {', '.join(t for t in report['tasks'] if t != 'mask')}" if len(report["tasks"]) > 1 else "")
@@ -87,17 +99,25 @@ def generation_card(
                     f"**{name} on what was held out: {ours[figure]:.4f}; the {best['predictor']} has "
                     f"{best[figure]:.4f}. The model adds nothing to it.**"
                 )
+    names = {
+        "mean": ("pearsonr", "Pearson of means"),
+        "delta": ("pearsonr", "Pearson of changes"),
+        "mse": ("mse", "MSE"),
+    }
+    metrics = [] if ours is None else [(*names[key], round(ours[key], 4)) for key in names]
+    results = measured(("other", "expression after a drug"), description, "test", metrics)
     drug = (
         "by an id: it knows the drugs it was trained on"
         if model_config.drug_encoder == "id"
         else ("by Morgan fingerprints: any drug whose SMILES is given")
     )
     sections = [
-        _front({"tags": ["cellglot", "drug-response", "perturbation", "transcriptomics", "biology"]}),
+        front_matter("drug-response", results, tags=["perturbation", "transcriptomics"], start=config.model),
         f"# Responses to drugs, {report['n_parameters'] / 1e6:.1f}M parameters, trained on {description}",
         f"Control cells in, the cells after a drug at a dose out. Drugs enter {drug}. {_SOURCE}",
         *limits,
-        "## Loading\n\n" + _LOADING_GENERATION.format(drug=report["example"]["drug"], line=report["example"]["line"]),
+        "## Loading\n\n"
+        + _LOADING_GENERATION.format(drug=str(report["example"]["drug"]), line=str(report["example"]["line"])),
         *_response_table(report),
         *[f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in pictures],
         "## Variant\n\n"
@@ -116,15 +136,6 @@ def generation_card(
         _CLOSING,
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def _front(fields: dict[str, Any]) -> str:
-    front = {
-        "library_name": "transformers",
-        "license": "apache-2.0",
-        "tags": ["cellglot", "drug-response", "transcriptomics", "biology"],
-    } | fields
-    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
 
 
 def _table(report: dict[str, Any]) -> list[str]:
@@ -158,5 +169,5 @@ def _optimization(report: dict[str, Any], config: Any) -> str:
     return (
         f"{report['steps']:,} steps of {config.batch_size} profiles, AdamW, maximum learning rate "
         f"{config.learning_rate:g} ({config.schedule}), weight decay {config.weight_decay:g}, seed {config.seed}, "
-        f"{report['seconds']:.0f} s. All options and versions: `run.json` beside the checkpoints."
+        f"{report['seconds']:.0f} s. All options and versions: `run.json`."
     )

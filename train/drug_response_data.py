@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from cellglot.drug_response.data import ResponseData
+from cellglot.drug_response.data import CONDITION, ResponseData
 
 
 class ResponsePairs:
@@ -27,7 +27,10 @@ class ResponsePairs:
         if not len(self.rows):
             raise ValueError(f"{data.name}: expected treated profiles to learn from, found controls only.")
         self.expression = extractor(data)["expression"]
-        asked = data.conditions(self.rows)
+        # Each condition once: a fingerprint a cell would weigh as much as its expression.
+        asked = data.conditions(self.rows).reset_index(drop=True)
+        self.condition = asked.groupby(CONDITION, sort=False, observed=True).ngroup().to_numpy()
+        asked = asked.drop_duplicates(CONDITION)
         self.conditions = extractor.conditions(asked["drug"], asked["cell_line"], asked["dose"], "uM")
         self.training_input = training_input
         self.controls = [data.pairs.candidates(int(row)) for row in self.rows] if training_input == "control" else None
@@ -42,7 +45,8 @@ class ResponsePairs:
         """expression, labels (n, g) float32; cell_line, dose, and drug or fingerprint."""
         examples = np.array([row["example"] for row in rows])
         entering = self.rows[examples]
-        batch = {name: torch.from_numpy(values[examples]) for name, values in self.conditions.items()}
+        asked = self.condition[examples]
+        batch = {name: torch.from_numpy(values[asked]) for name, values in self.conditions.items()}
         batch["labels"] = torch.from_numpy(self.expression[entering])
         if self.controls is not None:
             drawn = (np.random.default_rng(key).choice(self.controls[i]) for key, i in zip(keys, examples, strict=True))

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from cellglot.drug_response.data import ResponseData
 from cellglot.drug_response.reading import iter_responses
+from cellglot.hub import reading
 from cellglot.tokenization.expression_features import ExpressionFeatureExtractor
 from cellglot.tokenization.gene_identifiers import gene_identifiers, gene_positions
 from cellglot.tokenization.gene_ids import examples
@@ -129,7 +130,10 @@ def _store(config: Any, paths: Sequence[Path], folder: Path, mark: str) -> None:
     """Writes expression, table and extractor, the record last."""
     folder.mkdir(parents=True, exist_ok=True)
     options = {"layout": config.layout, "layer": config.layer, "counts": config.counts}
-    start = None if config.model is None else ExpressionFeatureExtractor.from_pretrained(config.model)
+    start = None
+    if config.model is not None:
+        with reading(config.model):
+            start = ExpressionFeatureExtractor.from_pretrained(config.model)
     genes, smiles, tables, target_sums = _genes_of_all(paths, options, start), {}, [], set()
     partial = folder / f".partial-{EXPRESSION}"
     with open(partial, "wb") as file, tqdm(desc="Profiles", unit="profile") as bar:
@@ -174,7 +178,8 @@ def _genes_of_all(
         places, kind = gene_positions(gene_identifiers(wanted), gene_identifiers(found))
         if start is not None and (places < 0).any():
             raise ValueError(
-                f"{path} lacks {int((places < 0).sum()):,} of the {len(places):,} genes of the model it is to train on."
+                f"{path} lacks {int((places < 0).sum()):,} of the {len(places):,} genes of the model to go on with: "
+                f"it has e.g. {examples(found.index)}, and the model e.g. {examples(start.gene_ids)}."
             )
         if not kind:
             raise ValueError(

@@ -38,6 +38,23 @@ def plot_loss_curve(
     return ax
 
 
+def plot_criteria(criteria: dict[str, Sequence[float]], *, ax: Any = None) -> Any:
+    """The criterion that chooses an adversarial alignment, over epochs; 0 is the start.
+
+    criteria  name of the pair of species -> mean cosine of CSLS-matched cells at the start and after each epoch
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    ax = ax or plt.subplots(figsize=(6.4, 4))[1]
+    for name, values in criteria.items():
+        ax.plot(range(len(values)), values, marker="o", markersize=3, label=name)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="epoch", ylabel="mean cosine of matched cells", title="Adversarial alignment")
+    ax.legend(frameon=False)
+    return ax
+
+
 def plot_confusion(table: Any, *, title: str = "", ax: Any = None) -> Any:
     """Confusion matrix: colour is the share of a true class, numbers are items.
 

@@ -35,6 +35,7 @@ from cellglot.train.hyperparameter_search import search
 from cellglot.train.labelled_cells_config import LabelledCellsConfig
 from cellglot.train.loop import close, make_accelerator
 from cellglot.train.output_folder import abandon_output, keep_output, prepare_output
+from cellglot.train.publishing import publish_run
 from cellglot.train.splits import UNLABELLED, Split, check_split, held_out, joint_labels, k_folds
 
 # Method -> the module whose `main` fine-tunes it; Geneformer's is here
@@ -309,6 +310,7 @@ def fine_tune(
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"finetune.py: {error}")
     close(accelerator)
+    publish_run(config, accelerator)
 
 
 if __name__ == "__main__":

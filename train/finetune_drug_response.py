@@ -27,6 +27,7 @@ from cellglot.drug_response.evaluation import predicted_responses
 from cellglot.drug_response.predict import ResponsePredictor
 from cellglot.drug_response.reading import read_responses
 from cellglot.drug_response.splits import ResponseSplit, hold_out_drugs, hold_out_type_and_donor
+from cellglot.hub import reading
 from cellglot.metrics.response import change_correlation, correlation
 from cellglot.modeling.drug_response import DrugResponseConfig, DrugResponseForConditionalGeneration
 from cellglot.tokenization.expression_features import ExpressionFeatureExtractor, ExpressionReport
@@ -36,6 +37,7 @@ from cellglot.train.drug_response_options import DrugResponseOptions, tokens_of_
 from cellglot.train.drug_response_report import write_finetuning_report
 from cellglot.train.loop import LoopConfig, RunError, close, make_accelerator, mean_loss, train
 from cellglot.train.output_folder import abandon_output, keep_output, prepare_output
+from cellglot.train.publishing import publish_run
 
 
 @dataclass
@@ -133,7 +135,8 @@ def make_extractor(config: DrugResponseFinetuneConfig, train: ResponseData) -> E
     settings: dict[str, Any] = {"drug_encoder": config.drug_encoder, "fingerprint_size": config.fingerprint_size}
     if config.model is None:
         return ExpressionFeatureExtractor.fit(train, scaling=config.scaling, **settings)
-    start = ExpressionFeatureExtractor.from_pretrained(config.model)
+    with reading(config.model):
+        start = ExpressionFeatureExtractor.from_pretrained(config.model)
     aligned, _ = aligned_to(start, train)
     fitted = ExpressionFeatureExtractor.fit(aligned, scaling=start.scaling, **settings)
     fitted.genes = start.genes
@@ -264,16 +267,23 @@ def main(argv: list[str] | None = None) -> None:
         }
         write_finetuning_report(model, extractor, report, config, output, description=data.name)
     close(accelerator, model)
+    publish_run(config, accelerator)
 
 
 def make_split(config: DrugResponseFinetuneConfig, data: ResponseData) -> ResponseSplit:
-    """What is held out as asked; all profiles to train on where nothing is."""
-    if config.hold_out_drugs:
-        return hold_out_drugs(data, config.hold_out_drugs, seed=config.seed)
-    if config.hold_out_cell_line is not None and config.hold_out_donor is not None:
-        return hold_out_type_and_donor(data, config.hold_out_cell_line, config.hold_out_donor)
+    """What is held out as asked; all profiles to train on where nothing is.
+
+    Raises  ValueError for what is not there, or if a line that is tested on has no controls to predict from
+    """
     everything = np.ones(len(data), dtype=bool)
-    return ResponseSplit(everything, ~everything, [])
+    split = ResponseSplit(everything, ~everything, [])
+    if config.hold_out_drugs:
+        split = hold_out_drugs(data, config.hold_out_drugs, seed=config.seed)
+    elif config.hold_out_cell_line is not None and config.hold_out_donor is not None:
+        split = hold_out_type_and_donor(data, config.hold_out_cell_line, config.hold_out_donor)
+    for row in np.flatnonzero(split.test):
+        data.pairs.candidates(int(row))
+    return split
 
 
 def held_out_name(split: ResponseSplit) -> str:

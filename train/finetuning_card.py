@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult
+
+from cellglot.publication import shown
+
+from .model_card import front_matter, measured
 
 _LOADING = {
     "cell": """\
@@ -47,7 +51,11 @@ def finetuning_card(task: Any, config: Any, result: Any, figures: Sequence[str])
     data = task.cells.description
     what = ", ".join(task.classes)
     sections = [
-        f"---\n{yaml.safe_dump(_front_matter(task, result, data), sort_keys=False, allow_unicode=True)}---",
+        front_matter(
+            "geneformer",
+            classification_results(task, result),
+            start=None if config.untrained else config.model,
+        ),
         f"# Geneformer that tells {what} of {kind}s, fine-tuned on {data}",
         *limits_first(result),
         "## Loading\n\n" + _LOADING[kind],
@@ -59,24 +67,22 @@ def finetuning_card(task: Any, config: Any, result: Any, figures: Sequence[str])
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(task: Any, result: Any, data: str) -> dict[str, Any]:
-    results = [
-        {
-            "task": {"type": "token-classification" if task.per_gene else "text-classification", "name": label},
-            "dataset": {"name": data, "type": "single-cell", "split": "test"},
-            "metrics": [
-                {"type": "accuracy", "name": "accuracy", "value": round(models["this model"]["accuracy"], 4)},
-                {"type": "f1", "name": "macro F1", "value": round(models["this model"]["macro_f1"], 4)},
-            ],
-        }
+def classification_results(task: Any, result: Any) -> list[EvalResult]:
+    """Accuracy and macro F1 of each label on the tested items."""
+    kind = "token-classification" if task.per_gene else "text-classification"
+    return [
+        figure
         for label, models in result.metrics.items()
+        for figure in measured(
+            (kind, label),
+            task.cells.description,
+            "test",
+            [
+                ("accuracy", f"accuracy, {label}", round(models["this model"]["accuracy"], 4)),
+                ("f1", f"macro F1, {label}", round(models["this model"]["macro_f1"], 4)),
+            ],
+        )
     ]
-    front = {
-        "library_name": "transformers",
-        "license": "other",
-        "tags": ["cellglot", "geneformer", "single-cell", "genomics", "biology"],
-    }
-    return {**front, **({"model-index": [{"name": "geneformer", "results": results}]} if results else {})}
 
 
 def limits_first(result: Any) -> list[str]:
@@ -128,7 +134,8 @@ def _training(task: Any, config: Any, result: Any, data: str) -> str:
         split = f"whole groups of {config.split_by} held out"
     else:
         split = "split by gene" if task.per_gene else "split by cell"
-    start = f"random weights in the sizes of `{config.model}`" if config.untrained else f"`{config.model}`"
+    start = f"`{shown(config.model)}`"
+    start = f"random weights in the sizes of {start}" if config.untrained else start
     parts = [
         f"Started from {start}; {facts['n_train']:,} training, {facts['n_validation']:,} validation and "
         f"{facts['n_test']:,} test items of {data}, {split}; {facts['steps']:,} steps of {config.batch_size} cells, "
@@ -144,4 +151,4 @@ def _training(task: Any, config: Any, result: Any, data: str) -> str:
         parts.append(f"Stopped early on the validation loss; weights of step {facts['best_step']:,}.")
     if config.class_weights != "none":
         parts.append("Classes weighed inversely to their frequency.")
-    return " ".join([*parts, "All options and versions: `run.json` beside the checkpoints."])
+    return " ".join([*parts, "All options and versions: `run.json`."])

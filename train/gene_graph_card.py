@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
+from cellglot.publication import shown
 
-from .finetuning_card import figures_section, limits_first
+from .finetuning_card import classification_results, figures_section, limits_first
+from .model_card import front_matter, measured
 
 _SOURCE = (
     'Method of "Single cell RNA Sequence Classification with Neural Networks"; trained with '
@@ -49,12 +50,9 @@ graph convolution over genes."""
 
 def autoencoder_card(report: dict[str, Any], model_config: Any, cells: Any, config: Any, figures: Sequence[str]) -> str:
     """README.md of the model directory of an autoencoder. Where a reference is better, it says so first."""
-    front = {
-        "library_name": "transformers",
-        "license": "other",
-        "tags": ["cellglot", "gene-graph", "single-cell", "genomics", "biology"],
-    }
     loss = report["validation_loss"]
+    metrics = [("mse", "squared error of a gene's log expression", float(f"{loss:.4g}"))]
+    results = measured(("other", "reconstruction of expression"), cells.description, "validation", metrics)
     left_out = f", {config.split_by} {', '.join(config.leave_out)} left out" if config.leave_out else ""
     better = [f"{name} ({error:.4g})" for name, error in report["references"].items() if error <= loss]
     limits = []
@@ -65,7 +63,7 @@ def autoencoder_card(report: dict[str, Any], model_config: Any, cells: Any, conf
     rows = [f"| this model | {loss:.4g} |", *(f"| {name} | {e:.4g} |" for name, e in report["references"].items())]
     table = "\n".join(["| squared error of a gene's log expression | held-out cells |", "|---|---|", *rows])
     sections = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        front_matter("gene-graph", results),
         f"# Autoencoder of expression for a gene-graph classifier, trained on {cells.description}",
         _SOURCE,
         *limits,
@@ -77,7 +75,7 @@ def autoencoder_card(report: dict[str, Any], model_config: Any, cells: Any, conf
         f"{report['n_validation_cells']:,} validation cells of {cells.description} (fingerprint "
         f"`{cells.fingerprint}`){left_out}, {report['steps']:,} steps of {config.batch_size} cells, "
         f"{optimizer_in_words(config)}, seed {config.seed}, {report['seconds']:.0f} s. All options and versions: "
-        "`run.json` beside the checkpoints.",
+        "`run.json`.",
         _CLOSING,
     ]
     return "\n\n".join(sections) + "\n"
@@ -90,25 +88,8 @@ def classifier_card(task: Any, config: Any, result: Any, figures: Sequence[str])
     """
     (label,) = task.classes
     data, facts = task.cells.description, result.facts
-    results = [
-        {
-            "task": {"type": "text-classification", "name": name},
-            "dataset": {"name": data, "type": "single-cell", "split": "test"},
-            "metrics": [
-                {"type": "accuracy", "name": "accuracy", "value": round(models["this model"]["accuracy"], 4)},
-                {"type": "f1", "name": "macro F1", "value": round(models["this model"]["macro_f1"], 4)},
-            ],
-        }
-        for name, models in result.metrics.items()
-    ]
-    front: dict[str, Any] = {
-        "library_name": "transformers",
-        "license": "other",
-        "tags": ["cellglot", "gene-graph", "single-cell", "genomics", "biology"],
-        **({"model-index": [{"name": "gene-graph", "results": results}]} if results else {}),
-    }
     graph = None if task.graph is None else str(task.graph.report)
-    start = "random weights" if config.model is None else f"`{config.model}`"
+    start = "random weights" if config.model is None else f"`{shown(config.model)}`"
     if config.test_groups:
         split = f"{config.split_by} {', '.join(config.test_groups)} held out"
     else:
@@ -123,9 +104,9 @@ def classifier_card(task: Any, config: Any, result: Any, figures: Sequence[str])
         training.append(f"Stopped early on the validation loss; weights of step {facts['best_step']:,}.")
     if config.class_weights != "none":
         training.append("Classes weighed inversely to their frequency.")
-    training.append("All options and versions: `run.json` beside the checkpoints.")
+    training.append("All options and versions: `run.json`.")
     sections = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        front_matter("gene-graph", classification_results(task, result), start=config.model),
         f"# Gene-graph classifier that tells {label} of cells, trained on {data}",
         _SOURCE,
         *limits_first(result),

@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from cellglot.gene_graph import GeneGraph, GeneNames, align_edges, read_edges
+from cellglot.hub import reading
 from cellglot.modeling.gene_graph import GeneGraphConfig
 
 from .config import option
@@ -155,7 +156,8 @@ def read_start(model: str) -> GeneGraphConfig:
 
     Raises  ValueError for a model of another method, OSError for none
     """
-    found, _ = PreTrainedConfig.get_config_dict(model)
+    with reading(model):
+        found, _ = PreTrainedConfig.get_config_dict(model)
     if found.get("model_type") != GeneGraphConfig.model_type:
         raise ValueError(
             f"--model {model} is of type {found.get('model_type')!r}, expected {GeneGraphConfig.model_type!r}: train "

@@ -41,6 +41,8 @@ class LabelledCellsConfig(LoopConfig):
             raise ValueError("test_groups needs split_by, the column they are values of.")
         if self.test_groups and self.folds:
             raise ValueError("test_groups and folds exclude each other.")
+        if self.push_to_hub and self.folds:
+            raise ValueError("push_to_hub publishes one model: leave out folds, or push one with train/push_to_hub.py.")
         if self.trackers and self.folds:
             raise ValueError("trackers follow one training: leave out folds, or read metrics.jsonl.")
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import option
+from .publishing import PublishingOptions
 
 
 @dataclass
-class LoopConfig:
+class LoopConfig(PublishingOptions):
     """What the loop needs to know, whatever the method."""
 
     output: str = option("runs/run", "folder of the run: checkpoints, log, model")
@@ -45,6 +46,7 @@ class LoopConfig:
     cpu_threads: int | None = option(None, "threads of each process on CPU; all cores shared out if absent")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive = (
             "batch_size",
             "max_tokens",
@@ -76,6 +78,7 @@ class LoopConfig:
 # Those that are free whatever the method
 FREE_OPTIONS = {"output", "resume", "overwrite", "max_tokens", "log_every", "eval_every", "save_every", "keep_last"}
 FREE_OPTIONS |= {"trackers", "num_workers", "cpu_threads", "gradient_checkpointing", "report", "cell_type", "baselines"}
+FREE_OPTIONS |= {"push_to_hub", "private"}
 
 
 class RunError(ValueError):

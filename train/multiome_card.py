@@ -1,9 +1,12 @@
 """Model card of a multiome run, from the run's own figures."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult
+
+from .model_card import front_matter, measured
 
 FIGURES = {"average_precision": "average precision", "f1": "F1", "precision": "precision", "recall": "recall"}
 FIGURES["rmse"] = "RMSE"
@@ -12,9 +15,8 @@ DIRECTIONS = {"gex2atac": "expression to accessibility", "atac2gex": "accessibil
 
 def multiome_card(report: dict[str, Any], data: Any, config: Any, figures: Sequence[str]) -> str:
     """README.md of a model directory: front matter with `model-index`, then what a reader needs to judge the model."""
-    front = yaml.safe_dump(_front_matter(report, data), sort_keys=False, allow_unicode=True)
     sections = [
-        f"---\n{front}---",
+        front_matter("multiome", _results(report, data)),
         f"# Multiome T5, {report['n_parameters'] / 1e6:.1f}M parameters, trained on {data.description}",
         _METHOD[config.head],
         *_limits_first(report),
@@ -72,26 +74,17 @@ Lee et al., Translating the Code of Life. T5: Raffel et al., Exploring the Limit
 Text-to-Text Transformer, JMLR 21 (2020)."""
 
 
-def _front_matter(report: dict[str, Any], data: Any) -> dict[str, Any]:
-    metrics = [{"type": "loss", "name": "loss a label", "value": round(report["validation_loss"], 4)}]
+def _results(report: dict[str, Any], data: Any) -> list[EvalResult]:
+    metrics = [("loss", "loss a label", round(report["validation_loss"], 4))]
     metrics += [
-        {"type": key, "name": f"{FIGURES[key]}, {DIRECTIONS[row['task']]}", "value": round(row[key], 4)}
+        (key, f"{FIGURES[key]}, {DIRECTIONS[row['task']]}", round(row[key], 4))
         for row in report["predictions"]
         if row["guess"] == "this model"
         for key in FIGURES
         if key in row
     ]
-    result = {
-        "task": {"type": "other", "name": "prediction of the other modality of a cell"},
-        "dataset": {"name": data.description, "type": "single-cell", "split": "validation"},
-        "metrics": metrics,
-    }
-    return {
-        "library_name": "transformers",
-        "license": "apache-2.0",
-        "tags": ["cellglot", "multiome", "single-cell", "genomics", "biology"],
-        "model-index": [{"name": "multiome", "results": [result]}],
-    }
+    task = ("other", "prediction of the other modality of a cell")
+    return measured(task, data.description, "validation", metrics)
 
 
 def _limits_first(report: dict[str, Any]) -> list[str]:
@@ -134,17 +127,28 @@ def _table(report: dict[str, Any], config: Any) -> str:
     )
     if config.head == "set":
         head += " RMSE: of log-normalized expression, or of open (1) and closed (0) peaks, against the training mean."
+    if config.patience:
+        head += " Training stopped where the loss of these cells was lowest, so figures of new cells may be lower."
     columns = ["direction (cells)", "guess", *names.values()]
     return "\n".join([head, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines])
+
+
+def _split(config: Any) -> str:
+    if config.split_by is not None:
+        return f"held out by {config.split_by}"
+    if Path(config.cells[0]).is_dir():
+        return "held out as the corpus says, at random where it has no validation cells"
+    return "cells held out at random, so that others of their batch are trained on"
 
 
 def _training(report: dict[str, Any], data: Any, config: Any) -> str:
     return (
         f"{report['n_train_rows']:,} training and {report['n_validation_rows']:,} validation rows (cells x tasks) of "
         f"{data.description} (fingerprint `{data.fingerprint}`), {report['n_genes']:,} genes and "
-        f"{report['n_peaks']:,} peaks; split by {config.split_by or 'cell, or as the corpus is'}; genes expressed from "
+        f"{report['n_peaks']:,} peaks; {_split(config)}; genes expressed from "
         f"{config.threshold:g} of log-normalized expression on, encoding {config.encoding}, vocabulary "
         f"{config.vocabulary}. {report['steps']:,} steps of {config.batch_size} rows, AdamW, maximum learning rate "
         f"{config.learning_rate:g} ({config.schedule}), weight decay {config.weight_decay:g}, seed {config.seed}, "
-        f"{report['seconds']:.0f} s. All options and versions: `run.json` beside the checkpoints."
+        f"{report['seconds']:.0f} s. Cells of a step are of like length, so that the training loss goes up and "
+        "down. All options and versions: `run.json`."
     )

@@ -13,10 +13,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import scipy.sparse as sp
 from tqdm.auto import tqdm
 
 from cellglot.tokenization.binarized_string import TASKS, BinarizedStringProcessor
-from cellglot.tokenization.paired_cells import open_pairs
+from cellglot.tokenization.paired_cells import ACCESSIBILITY, EXPRESSION, open_pairs
 
 from .config import write_json
 from .fingerprint import fingerprint
@@ -191,6 +192,23 @@ def feature_means(
         if "values" in part:
             sums += np.bincount(np.concatenate(part["value_features"]), np.concatenate(part["values"]), n_features)
     return counts / max(len(rows), 1), sums / max(len(rows), 1)
+
+
+def present_features(
+    rows: datasets.Dataset, processor: BinarizedStringProcessor, task: str, *, max_cells: int, seed: int
+) -> sp.csr_matrix:
+    """(cells, genes + peaks) CSR of ones: what the cells of a task have, of a random sample where there are more."""
+    rows = rows_of_task(rows, processor, task)
+    if len(rows) > max_cells:
+        rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_cells]))
+    source, target = TASKS[task]
+    parts = []
+    for start in range(0, len(rows), 1_000):
+        part: Any = rows[start : start + 1_000]
+        matrices = {source: processor.decode_matrix(part["input_ids"], source)}
+        matrices[target] = processor.decode_matrix(part["labels"], target)
+        parts.append(sp.hstack([matrices[EXPRESSION], matrices[ACCESSIBILITY]]))
+    return sp.csr_matrix(sp.vstack(parts))
 
 
 def task_token_ids(rows: datasets.Dataset) -> np.ndarray:

@@ -9,15 +9,18 @@ from accelerate import Accelerator
 from .checkpoint import list_checkpoints, remove_partial
 from .config import write_run_record
 from .loop_config import LoopConfig
+from .publishing import prepare_publication
 
 
 def prepare_output(config: LoopConfig, accelerator: Accelerator) -> Path:
     """The output folder, checked: empty, or resumed, or an earlier run's that is put aside until `keep_output`.
 
-    Raises  FileExistsError if it holds a run that has begun and neither resume nor overwrite is set, or other files
+    Raises  FileExistsError if it holds a run that has begun and neither resume nor overwrite is set, or other files;
+            HubError if the model is to be published where it cannot be
     """
     output = Path(config.output)
     if accelerator.is_main_process:
+        prepare_publication(config)
         holds_run = (output / "run.json").exists()
         if holds_run and config.overwrite:
             shutil.rmtree(_put_aside(output), ignore_errors=True)

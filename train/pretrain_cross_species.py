@@ -25,6 +25,7 @@ from cellglot.train.cross_species_data import MaskedComponentCollator, prepare_d
 from cellglot.train.cross_species_report import write_report
 from cellglot.train.loop import LoopConfig, RunError, close, make_accelerator, mean_loss, train
 from cellglot.train.output_folder import abandon_output, keep_output, prepare_output
+from cellglot.train.publishing import publish_run
 
 # Masks drawn of every validation cell
 VALIDATION_SEEDS = tuple(range(1_000_003, 1_000_006))
@@ -177,3 +178,4 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         write_report(model, data, validation, config, result, output)
     close(accelerator, model)
+    publish_run(config, accelerator)

@@ -26,6 +26,7 @@ from cellglot.train.drug_response_profiles import PretrainingProfiles, prepare_p
 from cellglot.train.drug_response_report import write_pretraining_report
 from cellglot.train.loop import LoopConfig, RunError, close, make_accelerator, mean_loss, train
 from cellglot.train.output_folder import abandon_output, keep_output, prepare_output
+from cellglot.train.publishing import publish_run
 
 # Masks drawn of every validation profile
 VALIDATION_SEEDS = (1_000_003, 1_000_004)
@@ -177,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         write_pretraining_report(model, data, validation, config, result, output)
     close(accelerator, model)
+    publish_run(config, accelerator)
 
 
 def count_profiles(batch: dict[str, Any]) -> int:

@@ -24,6 +24,7 @@ from cellglot.train.gene_graph_network import NetworkOptions, make_model, make_n
 from cellglot.train.gene_graph_report import write_report
 from cellglot.train.loop import LoopConfig, RunError, close, make_accelerator, mean_loss, train
 from cellglot.train.output_folder import abandon_output, keep_output, prepare_output
+from cellglot.train.publishing import publish_run
 from cellglot.train.splits import UNLABELLED, held_out
 
 
@@ -142,3 +143,4 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         write_report(model, cells, graph, in_training, in_validation, config, result, output)
     close(accelerator, model)
+    publish_run(config, accelerator)

@@ -22,6 +22,7 @@ from cellglot.train.loop import LoopConfig, RunError, close, make_accelerator, m
 from cellglot.train.output_folder import abandon_output, keep_output, prepare_output
 from cellglot.train.pretraining_data import prepare_data
 from cellglot.train.pretraining_report import write_report
+from cellglot.train.publishing import publish_run
 
 # Masks drawn of every validation cell: one draw hides 15% of its genes, which is few for a small validation set.
 VALIDATION_SEEDS = tuple(range(1_000_003, 1_000_008))
@@ -163,3 +164,4 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         write_report(model, data, config, result, output)
     close(accelerator, model)
+    publish_run(config, accelerator)

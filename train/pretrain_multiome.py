@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from tqdm.auto import tqdm
 
 from cellglot.modeling.multiome import (
     PRESETS,
@@ -25,14 +26,25 @@ from cellglot.modeling.multiome import (
     MultiomeT5ForConditionalGeneration,
     MultiomeT5ForFeaturePrediction,
 )
+from cellglot.multiome import begin_with_principal_embeddings
 from cellglot.tokenization.binarized_string import TASKS
 from cellglot.train.config import option, parse_config
 from cellglot.train.loop import LoopConfig, RunError, close, make_accelerator, mean_loss, train
-from cellglot.train.multiome_data import feature_means, list_lengths, prepare_data, task_token_ids
+from cellglot.train.multiome_data import (
+    feature_means,
+    list_lengths,
+    prepare_data,
+    present_features,
+    task_token_ids,
+)
 from cellglot.train.multiome_report import write_report
 from cellglot.train.output_folder import abandon_output, keep_output, prepare_output
+from cellglot.train.publishing import publish_run
 
 SIZES = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+# Training cells whose principal components embeddings begin with, at the most: 512 components of 130,000 features take
+# three minutes and 1.5 GB on a core
+PRINCIPAL_CELLS = 5_000
 LOSS_OPTIONS = ("gamma_positive", "gamma_negative", "probability_margin", "value_loss_weight")
 
 
@@ -75,8 +87,11 @@ class MultiomePretrainConfig(LoopConfig):
     encoder_position_bias: bool | None = option(
         None, "whether the encoder knows the order of its input; absent: not with head set and encoding set"
     )
+    principal_embeddings: bool = option(
+        True, "embeddings begin as principal components of the training cells' genes and peaks, with head set"
+    )
     gamma_positive: float = option(0.0, "focusing of features that are there, with head set")
-    gamma_negative: float = option(2.0, "focusing of features that are not, with head set")
+    gamma_negative: float = option(0.0, "focusing of features that are not, with head set")
     probability_margin: float = option(0.0, "probability under which those that are not count nothing, with head set")
     value_loss_weight: float = option(1.0, "weight of the squared error of measured values, with head set")
     report: bool = option(True, "predictions of held-out cells beside the frequency baseline, at the end")
@@ -130,7 +145,8 @@ def model_config(config: MultiomePretrainConfig, fields: dict[str, Any]) -> Mult
 
 
 def new_model(config: MultiomePretrainConfig, processor: Any, rows: Any) -> Any:
-    """An untrained model for encoded training cells; a set head's biases are their frequencies and mean values."""
+    """An untrained model for encoded training cells; a set head's biases are their frequencies and mean values, and its
+    embeddings their principal components."""
     fields = processor.model_fields()
     torch.manual_seed(config.seed)
     if config.head == "t5":
@@ -140,6 +156,13 @@ def new_model(config: MultiomePretrainConfig, processor: Any, rows: Any) -> Any:
     # Genes, then peaks
     means = [feature_means(rows, processor, task) for task in ("atac2gex", "gex2atac")]
     model.set_frequencies(*(torch.from_numpy(np.concatenate(part)) for part in zip(*means, strict=True)))
+    if config.principal_embeddings:
+        known = present_features(rows, processor, config.tasks[0], max_cells=PRINCIPAL_CELLS, seed=config.seed)
+        # Minutes where there are 100,000 peaks
+        told = f"principal components of {known.shape[0]:,} cells"
+        with tqdm(total=1, desc=told, unit="PCA", disable=known.nnz < 1_000_000) as bar:
+            begin_with_principal_embeddings(model, known, config.seed)
+            bar.update()
     return model
 
 
@@ -204,6 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         write_report(model, data, validation, config, result, output)
     close(accelerator, model)
+    publish_run(config, accelerator)
 
 
 def measured_rows(rows: Any, processor: Any, config: MultiomePretrainConfig) -> Any:

@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult
+
+from .model_card import front_matter, measured
 
 
 def pretraining_card(report: dict[str, Any], data: Any, config: Any, figures: Sequence[str]) -> str:
     """README.md of a model directory: front matter with `model-index`, then what a reader needs to judge the model."""
     beaten = report["validation_loss"] < report["rank_binned_loss"]
-    front = yaml.safe_dump(_front_matter(report, data), sort_keys=False, allow_unicode=True)
     sections = [
-        f"---\n{front}---",
+        front_matter("geneformer", _results(report, data), pipeline_tag="fill-mask"),
         f"# Geneformer, {report['n_parameters'] / 1e6:.1f}M parameters, pre-trained on {data.description}",
         "A cell is read as its genes in order of rank value, and the model predicts genes that were masked. Method of "
         "Theodoris et al., Nature 2023; trained with [cellglot](https://github.com/cellglot/cellglot), not by its "
@@ -48,25 +49,14 @@ Theodoris, C.V., Xiao, L., Chopra, A. et al. Transfer learning enables predictio
 Nature 618, 616-624 (2023). doi:10.1038/s41586-023-06139-9"""
 
 
-def _front_matter(report: dict[str, Any], data: Any) -> dict[str, Any]:
-    metrics = [{"type": "loss", "name": "masked-gene loss (nats)", "value": round(report["validation_loss"], 4)}]
+def _results(report: dict[str, Any], data: Any) -> list[EvalResult]:
+    metrics = [("loss", "masked-gene loss (nats)", round(report["validation_loss"], 4))]
     metrics += [
-        {"type": "accuracy", "name": "cell types, linear probe", "value": round(row["accuracy"], 4)}
+        ("accuracy", "cell types, linear probe", round(row["accuracy"], 4))
         for row in report["probe"]
         if row["features"] == "embeddings"
     ]
-    result = {
-        "task": {"type": "fill-mask", "name": "masked-gene prediction"},
-        "dataset": {"name": data.description, "type": "single-cell", "split": "validation"},
-        "metrics": metrics,
-    }
-    return {
-        "library_name": "transformers",
-        "license": "apache-2.0",
-        "pipeline_tag": "fill-mask",
-        "tags": ["cellglot", "geneformer", "single-cell", "genomics", "biology"],
-        "model-index": [{"name": "geneformer", "results": [result]}],
-    }
+    return measured(("fill-mask", "masked-gene prediction"), data.description, "validation", metrics)
 
 
 def _limits_first(report: dict[str, Any], beaten: bool) -> list[str]:
@@ -124,5 +114,5 @@ def _training(report: dict[str, Any], data: Any, config: Any) -> str:
         f"AdamW, maximum learning rate {config.learning_rate:g} ({config.schedule}), weight decay "
         f"{config.weight_decay:g}, {config.mask_probability:.0%} of genes masked, seed {config.seed}, "
         f"{report['seconds']:.0f} s. The validation loss is the mean over five draws of masks. All options and "
-        "versions: `run.json` beside the checkpoints."
+        "versions: `run.json`."
     )

@@ -1,11 +1,11 @@
 """`CpaConfig`: sizes, adversary and drug encoder of a CPA."""
 
-import dataclasses
-import difflib
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .configuration_checks import check_keys, check_perturbation_model
 
 # Written into every saved configuration, so that the Auto classes find the model with trust_remote_code=True and
 # without cellglot.
@@ -42,30 +42,13 @@ class CpaConfig(PreTrainedConfig):
     dropout: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any):
-        names = [field.name for field in dataclasses.fields(self)]
-        for key in kwargs:
-            close = [] if key.startswith("_") else difflib.get_close_matches(key, names, n=1, cutoff=0.85)
-            if close:
-                raise ValueError(f"CpaConfig has no {key!r}; did you mean {close[0]!r}?")
+        check_keys(self, kwargs)
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
 
     def validate_architecture(self) -> None:
         """Sizes are positive, weights are not negative, and a drug known by number has a number."""
-        sizes = ("n_genes", "fingerprint_size", "latent_size", "hidden_size", "num_hidden_layers", "adversary_size")
-        for name in (*sizes, "adversary_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected {name} of 1 or more, found {getattr(self, name)}.")
-        if min(self.adversary_weight, self.gradient_penalty, self.n_drugs, self.n_cell_lines) < 0:
-            raise ValueError(
-                "Expected numbers and weights of 0 or more, found "
-                f"n_drugs={self.n_drugs}, n_cell_lines={self.n_cell_lines}, adversary_weight={self.adversary_weight}, "
-                f"gradient_penalty={self.gradient_penalty}."
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"Expected dropout from 0 to below 1, found {self.dropout}.")
-        if self.drug_encoder == "id" and self.n_drugs < 1:
-            raise ValueError('drug_encoder="id" needs n_drugs, the number of drugs known by id; found 0.')
+        check_perturbation_model(self, ("adversary_size", "adversary_layers"), ("adversary_weight", "gradient_penalty"))
 
 
 __all__ = ["AUTO_MAP", "CpaConfig"]

@@ -1,11 +1,11 @@
 """`CvaeConfig`: sizes and drug encoder of a conditional variational autoencoder."""
 
-import dataclasses
-import difflib
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .configuration_checks import check_keys, check_perturbation_model
 
 # Written into every saved configuration, so that the Auto classes find the model with trust_remote_code=True and
 # without cellglot.
@@ -40,29 +40,13 @@ class CvaeConfig(PreTrainedConfig):
     dropout: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any):
-        names = [field.name for field in dataclasses.fields(self)]
-        for key in kwargs:
-            close = [] if key.startswith("_") else difflib.get_close_matches(key, names, n=1, cutoff=0.85)
-            if close:
-                raise ValueError(f"CvaeConfig has no {key!r}; did you mean {close[0]!r}?")
+        check_keys(self, kwargs)
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
 
     def validate_architecture(self) -> None:
-        """Sizes are positive, the weight is not negative, and a drug known by number has a number."""
-        sizes = ("n_genes", "fingerprint_size", "condition_size", "latent_size", "hidden_size", "num_hidden_layers")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected {name} of 1 or more, found {getattr(self, name)}.")
-        if min(self.kl_weight, self.n_drugs, self.n_cell_lines) < 0:
-            raise ValueError(
-                f"Expected numbers and weights of 0 or more, found n_drugs={self.n_drugs}, "
-                f"n_cell_lines={self.n_cell_lines}, kl_weight={self.kl_weight}."
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"Expected dropout from 0 to below 1, found {self.dropout}.")
-        if self.drug_encoder == "id" and self.n_drugs < 1:
-            raise ValueError('drug_encoder="id" needs n_drugs, the number of drugs known by id; found 0.')
+        """Sizes are positive, weights are not negative, and a drug known by number has a number."""
+        check_perturbation_model(self, ("condition_size",), ("kl_weight",))
 
 
 __all__ = ["AUTO_MAP", "CvaeConfig"]

@@ -1,11 +1,12 @@
 """`SaucieConfig`: sizes and penalties of a SAUCIE."""
 
 import dataclasses
-import difflib
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .configuration_checks import check_keys
 
 # Written into every saved configuration, so that the Auto classes find the model with trust_remote_code=True and
 # without cellglot.
@@ -36,11 +37,7 @@ class SaucieConfig(PreTrainedConfig):
     lambda_d: float | int = 0.2
 
     def __post_init__(self, **kwargs: Any):
-        names = [field.name for field in dataclasses.fields(self)]
-        for key in kwargs:
-            close = [] if key.startswith("_") else difflib.get_close_matches(key, names, n=1, cutoff=0.85)
-            if close:
-                raise ValueError(f"SaucieConfig has no {key!r}; did you mean {close[0]!r}?")
+        check_keys(self, kwargs)
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
 

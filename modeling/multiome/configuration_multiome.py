@@ -56,9 +56,9 @@ class MultiomeT5Config(T5Config):
     max_target_length: int = 512
     # Asymmetric loss of the set head (Ridnik et al. 2021, equation 7): focusing of features that are there and that are
     # not, and the probability under which those that are not are easy enough. Equal focusing without margin is the
-    # focal loss, zeros are cross-entropy
+    # focal loss; zeros are cross-entropy, which keeps probabilities calibrated and did best on real cells
     gamma_positive: float | int = 0
-    gamma_negative: float | int = 2
+    gamma_negative: float | int = 0
     probability_margin: float | int = 0
     # Weight of the squared error of measured values beside the loss of the set
     value_loss_weight: float | int = 1

@@ -19,7 +19,17 @@ import pandas as pd
 
 import cellglot
 from cellglot.figures import umap_coordinates
-from cellglot.serving import MODEL_QUEUE, Deadline, blocks, bundle, in_words, launch, read_upload, uploaded_cells
+from cellglot.serving import (
+    MODEL_QUEUE,
+    Deadline,
+    blocks,
+    bundle,
+    choose_cells,
+    in_words,
+    launch,
+    read_upload,
+    uploaded_cells,
+)
 from cellglot.serving.figures import plot_bars, plot_cells
 
 MAX_CELLS = 2000
@@ -222,13 +232,7 @@ def build(space: Space) -> gr.Blocks:
             "type and maps it. Then delete or overexpress a gene, and see which cells and which other genes move."
         )
         session = gr.State(time_to_live=1800)
-        with gr.Row():
-            with gr.Column(min_width=280):
-                from_examples = gr.Button("Analyse the built-in blood cells", variant="primary")
-                gr.Markdown(space.about["examples"])
-            with gr.Column(min_width=280):
-                file = gr.File(label="Your cells (.h5ad, raw counts)", file_types=[".h5ad"], height=130)
-                from_file = gr.Button("Analyse my cells")
+        from_examples, file, from_file = choose_cells(space.about["examples"])
         said = gr.Markdown()
         with gr.Column(visible=False) as results:
             with gr.Row():

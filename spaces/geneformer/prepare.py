@@ -10,25 +10,12 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import anndata as ad
-
-from cellglot.datasets_scripts.pbmc import recover_counts
+from cellglot.datasets_scripts.pbmc import pbmc_cells
 from cellglot.train import finetune, pretrain
 
 HERE = Path(__file__).parent
 RECIPE = Path(finetune.__file__).parent / "recipes" / "finetune_pbmc.yaml"
-
-
-def example_cells() -> ad.AnnData:
-    """700 PBMCs with raw counts and ten cell types of Zheng et al. 2017."""
-    import scanpy as sc
-
-    reduced: Any = sc.datasets.pbmc68k_reduced()
-    obs = reduced.obs[["bulk_labels", "n_counts"]].rename(columns={"bulk_labels": "cell_type"})
-    var = reduced.raw.var[[]]
-    return ad.AnnData(recover_counts(reduced.raw.X), obs=obs, var=var)
 
 
 def main() -> None:
@@ -44,7 +31,7 @@ def main() -> None:
         epochs = ["--epochs", str(options.finetune_epochs)] if options.finetune_epochs else []
         finetune.main(["--recipe", str(RECIPE), "--model", f"{first}/model", "--output", second, *epochs])
         bundle = Path(second) / "model"
-        example_cells().write_h5ad(bundle / "examples.h5ad", compression="gzip")
+        pbmc_cells().write_h5ad(bundle / "examples.h5ad", compression="gzip")
         figures = json.loads((bundle / "metrics.json").read_text())["metrics"]["cell_type"]
         about = {
             "examples": "700 human blood cells (PBMC) of Zheng et al. 2017, as scanpy ships them.",

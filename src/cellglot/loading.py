@@ -10,12 +10,16 @@ from typing import Any
 def find_tokenizer(path: str, revision: str = "main") -> Any:
     """The tokenizer in a model directory or repository (at a commit of it).
 
-    Raises  ValueError if there is none
+    Raises  ValueError if there is none; HubError, which is one, for a repository that cannot be read
     """
+    from .hub import HubError, reading
     from .tokenization.rank_value import RankValueTokenizer
 
     try:
-        return RankValueTokenizer.from_pretrained(path, revision=revision)
+        with reading(path):
+            return RankValueTokenizer.from_pretrained(path, revision=revision)
+    except HubError:
+        raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         where = f"in {path}" if path else "in the model, which comes from no directory"
         if path and not Path(path).is_dir():
@@ -29,13 +33,16 @@ def find_tokenizer(path: str, revision: str = "main") -> Any:
 def load_encoder(path: str, device: str | None = None) -> Any:
     """The encoder of the Geneformer at a path, on a device ("cpu", "cuda:1", ...); None: a GPU where there is one.
 
-    Raises  ValueError for a device that cannot be used, or another architecture; OSError
+    Raises  ValueError for a device that cannot be used, another architecture, or a repository that cannot be read
+            (HubError); OSError
     """
     import torch
 
+    from .hub import reading
     from .modeling.geneformer import GeneformerModel
 
-    model = GeneformerModel.from_pretrained(path)
+    with reading(path):
+        model = GeneformerModel.from_pretrained(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model.to(device)

@@ -16,9 +16,11 @@ from drug_response_cell_eval import check_cell_eval, write_pair
 from drug_response_data import Task
 from drug_response_models import TransformerResponse, chosen, condition_labels
 from drug_response_pretraining import guesses, masks
+from drug_response_streaming import write_gctx
 from response_correlation import blockwise, one_matrix
 
 from cellglot.drug_response.baselines import TreatedMean
+from cellglot.drug_response.reading import read_responses
 from cellglot.drug_response.splits import hold_out_drugs
 from cellglot.metrics.response import Response
 from cellglot.tokenization.expression_features import ExpressionFeatureExtractor
@@ -145,6 +147,15 @@ def test_cell_eval_gets_the_same_controls_beside_true_and_predicted_cells(tmp_pa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install cell-eval"):
         check_cell_eval()
+
+
+def test_made_up_profiles_are_read_as_those_of_lincs(tmp_path):
+    write_gctx(tmp_path / "profiles.gctx", 401, 0)
+    data = read_responses(tmp_path / "profiles.gctx")
+    assert data.expression.shape == (401, 978)
+    assert np.flatnonzero(data.is_control).tolist() == [*range(20), *range(380, 400)]
+    assert set(data.dose[~data.is_control]) == {0.1, 1.0, 10.0}
+    assert (data.pair_by, set(data.cell_line)) == (("cell_line", "rna_plate"), {"line0", "line1"})
 
 
 def test_contenders_of_the_correlation_benchmark_agree():

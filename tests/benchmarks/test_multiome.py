@@ -91,6 +91,7 @@ def test_known_answers_have_known_figures(task):
 
 def test_baselines_and_models_predict_both_ways(tmp_path, monkeypatch):
     few = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 1, "max_steps": 2, "batch_size": 8}
+    few["cpu_threads"] = 1
     monkeypatch.setitem(multiome_methods.SET_HEAD_TRAINING, "scicar", few)
     monkeypatch.setattr(multiome_methods, "T5_TRAINING", {**few, "head": "t5"})
     found = split()

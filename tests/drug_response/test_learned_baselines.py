@@ -29,7 +29,7 @@ def plain(data: ResponseData) -> ResponseData:
 def test_drugs_effects_are_learnt_and_given_to_controls(model_type, name, settings, epochs):
     data, effect = wells(replicates=12, n_controls=12)
     data = plain(data)
-    options = {"settings": {**SIZES, **settings}, "loop": {**LOOP, "epochs": epochs}}
+    options = {"settings": {**SIZES, **settings}, "loop": {**LOOP, "epochs": epochs, "batch_size": 128}}
     fitted = AutoencoderBaseline(model_type, drug_encoder="id", **options).fit(data)
     assert fitted.name == name
     assert fitted.seconds_per_epoch > 0
@@ -75,7 +75,7 @@ def test_transfer_brings_weights_drugs_and_lines_along():
     other = replace(other, expression=other.expression[:, columns], genes=genes)
     data = replace(data, genes=data.genes.assign(gene_symbol=data.genes.index))
     train = data.select(data.drug != "toluene")
-    options = {"drug_encoder": "id", "settings": SIZES, "loop": {**LOOP, "epochs": 2}}
+    options = {"drug_encoder": "id", "settings": SIZES, "loop": {**LOOP, "epochs": 1}}
     alone = AutoencoderBaseline("cpa", **options).fit(train)
     fitted = AutoencoderBaseline("cpa", name="CPA_transfer", transfer=[other], **options).fit(train)
     assert fitted.name == "CPA_transfer"
@@ -84,8 +84,6 @@ def test_transfer_brings_weights_drugs_and_lines_along():
     assert fitted.extractor.cell_lines == ["A", "B"]
     predicted = fitted.predict(train.expression[:2], asked(["toluene"] * 2, "A"))
     assert np.isfinite(predicted).all()
-    again = AutoencoderBaseline("cpa", name="CPA_transfer", transfer=[other], **options).fit(train)
-    np.testing.assert_allclose(again.predict(train.expression[:2], asked(["toluene"] * 2, "A")), predicted, rtol=1e-5)
 
 
 def test_unknown_models_are_refused():

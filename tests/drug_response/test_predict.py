@@ -76,7 +76,7 @@ def test_plain_controls_need_only_genes_and_the_name_of_their_line(tmp_path):
 def test_a_predictor_answers_as_baselines_do_whatever_the_batch():
     data, model, extractor = trained()
     rows = np.flatnonzero(~data.is_control)[:7]
-    controls = data.expression[data.pairs.draw(rows, np.random.default_rng(0))]
+    controls = data.expression[data.is_control][:7]
     whole = ResponsePredictor(model, extractor).predict(controls, data.conditions(rows))
     small = ResponsePredictor(model, extractor, profiles_per_batch=2).predict(controls, data.conditions(rows))
     np.testing.assert_allclose(whole, small, rtol=1e-5)
@@ -90,9 +90,26 @@ def test_drugs_by_structure_may_be_new_and_by_id_may_not():
     assert np.isfinite(found.X).all()
     with pytest.raises(ValueError, match="No structure is known"):
         predict_response(data, model, extractor, **options)
+    with pytest.raises(ValueError, match="'C1CC' is no SMILES that RDKit can read"):
+        predict_response(data, model, extractor, smiles={"aspirin": "C1CC"}, **options)
     data, model, extractor = trained("id")
     with pytest.raises(ValueError, match='drug_encoder="fingerprint" can do any'):
         predict_response(data, model, extractor, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dose_unit": None}, "found no unit. Pass dose_unit"),
+        ({"dose": -1}, "doses of 0 uM or more, found 1 that are negative"),
+        ({"dose": [1, 0]}, "doses are 0: these are controls"),
+        ({"drug": []}, "Expected a drug and a dose at least, found 0 drugs and 1 doses"),
+    ],
+)
+def test_doses_that_mean_nothing_are_refused(change, message):
+    data, model, extractor = trained()
+    with pytest.raises(ValueError, match=message):
+        predict_response(data, model, extractor, **{"drug": "urea", "dose": 1, "dose_unit": "uM", **change})
 
 
 def test_what_does_not_belong_together_is_refused():

@@ -10,6 +10,7 @@ import cellglot.metrics
 from cellglot.metrics.cell_correlation import best_match_correlation, sampled_best_match_correlation
 from cellglot.metrics.cluster_accuracy import hierarchical_cluster_accuracy
 from cellglot.metrics.energy_distance import energy_distance
+from cellglot.metrics.feature_prediction import precision_at_true_size, ranking_metrics, set_metrics
 from cellglot.metrics.label_transfer import label_transfer
 from cellglot.metrics.response import Response, centroid_accuracy, mean_figures, response_table
 from cellglot.metrics.wasserstein import resampled_wasserstein
@@ -50,6 +51,15 @@ def test_label_transfer():
     assert found == label_transfer(embeddings[20:], labels[20:], embeddings[:20], labels[:20], k=3)
     with pytest.raises(ValueError, match="No cell is of source 'rat'"):
         module.compute(**inputs, reference="rat", query="human")
+
+
+def test_feature_prediction():
+    rng = np.random.default_rng(0)
+    scores, present = rng.random((7, 11), dtype=np.float32), rng.random((7, 11)) < 0.3
+    module, inputs = load("feature_prediction"), {"predictions": scores, "references": present}
+    ranks = {**ranking_metrics(present, scores), "precision_at_k": precision_at_true_size(present, scores)}
+    assert module.compute(**inputs) == ranks
+    assert module.compute(**inputs, threshold=0.5) == {**ranks, **set_metrics(present, scores >= 0.5)}
 
 
 def test_responses_and_their_single_figures():

@@ -1,5 +1,7 @@
 """Multiome models and their processor load in a fresh process: with cellglot, and without it from the saved code."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
@@ -26,43 +28,44 @@ from ..tokenization.test_binarized_string import pair, processor
 LOAD = """
 import sys
 import anndata
-trust = sys.argv[1] == "trust"
-if trust:
-    sys.modules["cellglot"] = None  # any import of it fails
-else:
-    import cellglot
 import torch
 import transformers
-options = {"trust_remote_code": True} if trust else {}
-root, out = sys.argv[2:]
-cells = tuple(anndata.read_h5ad(f"{root}/{name}.h5ad") for name in ("rna", "atac"))
-tensors = {}
-for folder, auto in (("set", "AutoModelForSequenceClassification"), ("t5", "AutoModelForSeq2SeqLM"),
-                     ("subword", "AutoModelForSeq2SeqLM"), ("t5", "AutoModel"), ("set", "AutoModel")):
-    path = f"{root}/{folder}"
-    processor = transformers.AutoProcessor.from_pretrained(path, **options)
-    extractor = transformers.AutoFeatureExtractor.from_pretrained(path, **options)
-    tensors[f"{folder}/binary"] = torch.from_numpy(extractor(cells)["expression"].toarray())
-    batch = processor(cells, task="atac2gex")
-    tensors[f"{folder}/ids"], tensors[f"{folder}/labels"] = batch["input_ids"], batch["labels"]
-    assert list(processor.cell_strings(cells))[0][0].split()[0] in processor.feature_extractor.genes
-    model = getattr(transformers, auto).from_pretrained(path, **options).eval()
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        if auto == "AutoModelForSeq2SeqLM":
-            tensors[f"{folder}/{auto}"] = model.generate(**inputs)
-        else:
-            tensors[f"{folder}/{auto}"] = model(**inputs)[0]
-    assert type(transformers.AutoConfig.from_pretrained(path, **options)).__name__ == "MultiomeT5Config"
-    if trust:
-        assert "transformers_modules" in type(model).__module__, type(model)
-        assert "transformers_modules" in type(processor).__module__, type(processor)
-        # What was loaded without cellglot is saved as complete as it was.
-        if auto != "AutoModel":
-            model.save_pretrained(f"{out}-again/{folder}")
-            processor.save_pretrained(f"{out}-again/{folder}")
 from safetensors.torch import save_file
-save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out)
+
+root, again, out = sys.argv[1:]
+cells = tuple(anndata.read_h5ad(f"{root}/{name}.h5ad") for name in ("rna", "atac"))
+
+
+def load(home, **options):
+    for folder, auto in (("set", "AutoModelForSequenceClassification"), ("t5", "AutoModelForSeq2SeqLM"),
+                         ("subword", "AutoModelForSeq2SeqLM"), ("t5", "AutoModel"), ("set", "AutoModel")):
+        path, tensors = f"{root}/{folder}", {}
+        processor = transformers.AutoProcessor.from_pretrained(path, **options)
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(path, **options)
+        tensors["binary"] = torch.from_numpy(extractor(cells)["expression"].toarray())
+        batch = processor(cells, task="atac2gex")
+        tensors["ids"], tensors["labels"] = batch["input_ids"], batch["labels"]
+        assert list(processor.cell_strings(cells))[0][0].split()[0] in processor.feature_extractor.genes
+        model = getattr(transformers, auto).from_pretrained(path, **options).eval()
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            tensors[auto] = model.generate(**inputs) if auto == "AutoModelForSeq2SeqLM" else model(**inputs)[0]
+        config = transformers.AutoConfig.from_pretrained(path, **options)
+        assert type(config).__name__ == "MultiomeT5Config"
+        for part in (model, processor, config):
+            assert type(part).__module__.split(".")[0] == home, type(part)
+        if home != "cellglot" and auto != "AutoModel":
+            model.save_pretrained(f"{again}/{folder}")
+            processor.save_pretrained(f"{again}/{folder}")
+        yield {f"{home}/{folder}/{name}": tensor.contiguous() for name, tensor in tensors.items()}
+
+
+sys.modules["cellglot"] = None  # any import of it fails
+found = {k: v for part in load("transformers_modules", trust_remote_code=True) for k, v in part.items()}
+del sys.modules["cellglot"]
+import cellglot
+found |= {k: v for part in load("cellglot") for k, v in part.items()}
+save_file(found, out)
 """
 
 
@@ -102,26 +105,31 @@ def saved(tmp_path_factory):
 def test_auto_classes_with_and_without_cellglot_give_the_same_outputs(saved, tmp_path):
     root, expected = saved
     (tmp_path / "load.py").write_text(LOAD)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    again = tmp_path / "trust-again"
-    for route, source in (("local", root), ("trust", root), ("trust", again)):
-        out = tmp_path / (route if source == root else "third")
-        if source == again:
-            for name in ("rna", "atac"):
-                (again / f"{name}.h5ad").write_bytes((root / f"{name}.h5ad").read_bytes())
-        done = subprocess.run(
-            [sys.executable, "load.py", route, str(source), str(out)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr
-        found = load_file(out)
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
+    done = subprocess.run(
+        [sys.executable, "load.py", str(root), "again", "found"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "found")
+    homes = ("transformers_modules", "cellglot")
+    assert found.keys() == {f"{home}/{name}" for home in homes for name in expected}
+    for name, tensor in expected.items():
+        for home in homes:
             # Other processes may have other numbers of threads, and so other orders of sums.
-            assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, r=route, n=name: f"{r}, {n}: {m}")
+            message = functools.partial("{}, {}: {}".format, home, name)
+            assert_close(found[f"{home}/{name}"], tensor, rtol=1e-5, atol=1e-5, msg=message)
+    # What was loaded without cellglot is saved as complete as it was.
+    for folder in ("set", "t5", "subword"):
+        first, second = (
+            {path.name: path.read_bytes() for path in (home / folder).iterdir()} for home in (root, tmp_path / "again")
+        )
+        told, told_again = (json.loads(files.pop("tokenizer_config.json")) for files in (first, second))
+        assert first == second
+        # transformers adds how the tokenizer was loaded.
+        assert {name: told_again[name] for name in told} == told
 
 
 def test_auto_map_names_what_is_registered():

@@ -1,14 +1,11 @@
-"""CPA and cVAE: their terms against formulas, what they learn from planted effects, and both ways of loading."""
+"""CPA and cVAE: their terms against formulas, and what they learn from planted effects."""
 
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
@@ -224,20 +221,17 @@ def test_a_control_is_encoded_as_one_and_decoded_under_the_drug():
 # ---- both
 
 
-@pytest.mark.parametrize("model_class", [CpaModel, CvaeModel])
-@pytest.mark.parametrize("encoder", ["id", "fingerprint"])
+@pytest.mark.parametrize(("model_class", "encoder"), [(CpaModel, "fingerprint"), (CvaeModel, "id")])
 def test_a_few_cells_are_learnt_by_heart_in_the_loop_of_every_method(tmp_path, model_class, encoder):
     batch, _ = planted(13)
     options = {"kl_weight": 0.01} if model_class is CvaeModel else {"adversary_weight": 0.0}
     if encoder == "fingerprint":
         bits = (torch.rand(DRUGS, BITS, generator=torch.Generator().manual_seed(0)) < 0.5).float()
         batch["fingerprint"] = bits[batch["drug"]]
-        if model_class is CvaeModel:
-            del batch["drug"]
     model = tiny(model_class, drug_encoder=encoder, fingerprint_size=BITS, hidden_size=64, **options)
     examples = [{name: tensor[i] for name, tensor in batch.items()} for i in range(13)]
     config = LoopConfig(
-        output=str(tmp_path), max_steps=250, batch_size=13, learning_rate=5e-3, warmup_steps=0, weight_decay=0
+        output=str(tmp_path), max_steps=120, batch_size=13, learning_rate=1e-2, warmup_steps=0, weight_decay=0
     )
 
     def collate(rows, keys):
@@ -286,42 +280,3 @@ def test_auto_map_names_what_is_registered(model_type, module):
     method = METHODS[model_type]
     registered = {**method.models, "AutoConfig": method.config}
     assert {auto: path.partition(".")[2] for auto, path in module.AUTO_MAP.items()} == registered
-
-
-LOAD = """
-import sys
-from safetensors.torch import load_file, save_file
-route, root, out = sys.argv[1:]
-if route == "local":
-    import cellglot
-else:
-    sys.modules["cellglot"] = None
-import torch
-from transformers import AutoModel
-found = {}
-for name in ("cpa", "cvae"):
-    model = AutoModel.from_pretrained(f"{root}/{name}", trust_remote_code=route == "trust")
-    with torch.no_grad():
-        found[name] = model(**load_file(f"{root}/batch")).predictions.contiguous()
-save_file(found, out)
-"""
-
-
-@pytest.mark.slow
-def test_auto_model_with_and_without_cellglot_gives_identical_predictions(tmp_path, monkeypatch):
-    batch, _ = planted(17)
-    batch = {name: tensor.clone() for name, tensor in batch.items()}
-    models = {"cpa": tiny(CpaModel), "cvae": tiny(CvaeModel)}
-    with torch.no_grad():
-        expected = {name: model(**batch).predictions for name, model in models.items()}
-    for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
-    save_file(batch, tmp_path / "batch")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    (tmp_path / "load.py").write_text(LOAD)
-    for route in ("local", "trust"):
-        command = [sys.executable, "load.py", route, str(tmp_path), str(tmp_path / route)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        # Other processes may have other numbers of threads, and so other orders of sums.
-        assert_close(load_file(tmp_path / route), expected, rtol=1e-4, atol=1e-5)

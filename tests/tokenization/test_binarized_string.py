@@ -358,7 +358,7 @@ def test_expression_must_be_what_the_processor_was_told():
         logs.encode((expression, accessibility))
 
 
-def test_another_genome_build_is_told_by_its_peaks():
+def test_another_genome_build_is_told_by_its_peaks(caplog):
     expression, accessibility = pair()
     ours = processor()
     lifted = accessibility.copy()
@@ -367,11 +367,15 @@ def test_another_genome_build_is_told_by_its_peaks():
         ValueError, match=r"2 of 17 peaks \(11\.8%\) are in the vocabulary.*'chr3-207-290'.*genome build"
     ):
         ours.encode((expression, lifted))
+    assert not caplog.records
     assert len(ours.encode((expression, lifted), min_matched_features=0.1)) == CELLS
+    assert "AnnData: 2 of 17 peaks are in the vocabulary of 17; the others are left out" in caplog.text
+    caplog.clear()
     # More peaks in the file than in the vocabulary, or fewer, are no other build.
     few = processor((expression, accessibility[:, :5].copy()))
     assert len(few.encode((expression, accessibility))) == CELLS
     assert len(ours.encode((expression, accessibility[:, :5].copy()))) == CELLS
+    assert not caplog.records
 
 
 def test_genes_that_are_not_in_the_vocabulary_are_counted_or_refused():
@@ -386,6 +390,14 @@ def test_genes_that_are_not_in_the_vocabulary_are_counted_or_refused():
     strange.var_names = [f"X{i}" for i in range(13)]
     with pytest.raises(ValueError, match=r"0 of 13 genes.*'X0'.*'G0'"):
         ours.encode((strange, accessibility))
+
+
+def test_cells_without_an_open_peak_name_the_file_of_peaks(tmp_path):
+    expression, accessibility = pair()
+    accessibility.X = sp.csr_matrix(accessibility.shape, dtype=np.float32)
+    accessibility.write_h5ad(tmp_path / "atac.h5ad")
+    with pytest.raises(ValueError, match=r"atac.h5ad: no peak of the vocabulary is open in any of 11 cells.*layer="):
+        processor().encode((expression, tmp_path / "atac.h5ad"))
 
 
 def test_threshold_that_empties_every_cell_is_an_error_with_the_highest_value():
@@ -429,9 +441,22 @@ def test_bad_settings_and_missing_parts():
         ours.encode((expression, None), with_labels=True)
     with pytest.raises(ValueError, match="reads accessibility, but there is only expression"):
         ours.encode((expression, None), "atac2gex")
-    with pytest.raises(ValueError, match="no feature of expression"):
+    with pytest.raises(ValueError, match=r"1 of 2 words or tokens are no feature of expression.*'XYZ'"):
         ours.decode_matrix(["G0 XYZ"], EXPRESSION)
+    peak = ours.tokenizer.convert_tokens_to_ids(PEAK_NAMES[2])
+    with pytest.raises(
+        ValueError, match=f"1 of 1 words or tokens are no feature of expression, e.g. '{PEAK_NAMES[2]}'"
+    ):
+        ours.decode_matrix([[peak, 1]], EXPRESSION)
+    with pytest.raises(ValueError, match="Expected modality 'expression' or 'accessibility', found 'atac'"):
+        ours.decode_matrix([[peak, 1]], "atac")
+    with pytest.raises(ValueError, match="one of which may be None; found neither"):
+        ours.encode((None, None))
     assert ours.decode_matrix(["G1 XYZ G1"], EXPRESSION, unknown="ignore").toarray()[0].tolist() == [0, 1] + [0] * 11
+    swapped = r"AnnData: 13 of 13 peaks are malformed, e.g. 'G0', .*The order is \(expression, accessibility\)"
+    for ask, cells in ((processor, (accessibility, expression)), (ours.encode, (expression, expression))):
+        with pytest.raises(ValueError, match=swapped):
+            ask(cells)
     accessibility.var["feature_types"] = "ATAC"
     with pytest.raises(ValueError, match=r"The order is \(expression, accessibility\)"):
         ours.encode((accessibility, expression))

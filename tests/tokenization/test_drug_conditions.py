@@ -22,8 +22,9 @@ def test_doses_come_out_in_micromolar(unit, factor):
     [
         (1.0, None, "with a unit, .* found no unit. Pass dose_unit"),
         (1.0, "ng/ml", "found unit 'ng/ml'"),
-        ([1.0, -666], "uM", "found 1 others .*-666 is how LINCS writes a missing dose"),
-        (float("nan"), "uM", "found 1 others"),
+        ([1.0, -666], "uM", "found 1 that are negative or no numbers .*-666 is how LINCS writes a missing dose"),
+        ([1.0, -2.0], "nM", r"doses of 0 nM or more, .*\(e.g. -2\). Correct them, or leave their profiles out.$"),
+        (float("nan"), "uM", "found 1 that are negative or no numbers"),
     ],
 )
 def test_doses_that_mean_nothing_are_refused(dose, unit, message):

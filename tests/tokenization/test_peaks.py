@@ -18,7 +18,19 @@ def test_spellings_of_one_peak_have_one_key():
 
 
 @pytest.mark.parametrize(
-    "name", ["CAMTA1", "chr1-7", "chr1-7-11-13", "chr1_7_11", "chr1-11-7", "chr1-7-7", "chr1:-7-11", "", "chr1-7-11 "]
+    "name",
+    [
+        "CAMTA1",
+        "chr1-7",
+        "chr1-7-11-13",
+        "chr1_7_11",
+        "chr1-11-7",
+        "chr1-7-7",
+        "chr1:-7-11",
+        "",
+        "chr1-7-11 ",
+        "chr1-7-11\n",
+    ],
 )
 def test_malformed_peaks_are_named(name):
     with pytest.raises(ValueError, match="1 of 2 peaks are malformed") as error:

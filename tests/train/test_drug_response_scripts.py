@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoFeatureExtractor, AutoModel
 
 from cellglot import (
@@ -27,6 +28,7 @@ from cellglot.train.metrics_log import read_metrics
 from cellglot.train.pretrain import main as pretrain
 from cellglot.train.pretrain_drug_response import DrugResponsePretrainConfig
 
+from ..conftest import ROOT
 from ..drug_response.responses import GENES, responses
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -190,6 +192,51 @@ def test_runs_without_data_end_with_a_sentence(script, options, message, tmp_pat
         script(words(**options, output=tmp_path / "run"))
 
 
+@pytest.fixture
+def own_precision():
+    """Accelerate keeps the precision of a process's first run; this lets a test have another."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("own_precision")
+def test_the_base_recipes_run_both_stages_and_fine_tuning(files, tmp_path):
+    """With their own options (bfloat16, a token a gene, trackers), a narrower model and two steps."""
+    recipes = ROOT / "train" / "recipes"
+    narrow = {**SMALL, "data": files / "a.h5ad", "batch_size": 4, "num_workers": 0, "max_steps": 2}
+    first = ["--recipe", str(recipes / "drug_response_base.yaml")]
+    pretrain([*first, *words(**narrow, output=tmp_path / "one")])
+    stage_2 = {"model": tmp_path / "one" / "model", "tasks": ["mask", "cell_line", "drug", "dose"]}
+    pretrain([*first, *words(**narrow, **stage_2, output=tmp_path / "four")])
+    last = {"model": tmp_path / "four" / "model", "hold_out_drugs": 1, "output": tmp_path / "tuned"}
+    finetune(["--recipe", str(recipes / "finetune_drug_response_base.yaml"), *words(**narrow, **last)])
+    tuned = DrugResponseForConditionalGeneration.from_pretrained(tmp_path / "tuned" / "model")
+    assert (tuned.config.token_axis, tuned.config.decoder, tuned.config.hidden_size) == ("genes", "lstm", 16)
+    assert len(json.loads((tmp_path / "tuned" / "report.json").read_text())["figures"]) == 4
+    for run in ("one", "four", "tuned"):
+        losses = [line["loss"] for line in read_metrics(tmp_path / run / "metrics.jsonl") if "loss" in line]
+        assert len(losses) == 2
+        assert np.isfinite(losses).all()
+
+
+def test_what_a_run_would_only_find_out_after_training_is_found_before(files, first_stage, tmp_path):
+    cells = responses()
+    cells.select(~cells.is_control).to_anndata().write_h5ad(tmp_path / "treated.h5ad")
+    options = {"data": tmp_path / "treated.h5ad", "output": tmp_path / "run", "training_input": "self"}
+    with pytest.raises(SystemExit, match="'A549' has no controls; no line has any"):
+        finetune(words(**options, hold_out_drugs=2))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    other = cells.to_anndata()
+    other.var = other.var[[]].set_axis([f"other{i}" for i in range(GENES)])
+    other.write_h5ad(tmp_path / "other.h5ad")
+    options = {"data": tmp_path / "other.h5ad", "output": tmp_path / "run", "model": first_stage / "model"}
+    with pytest.raises(SystemExit, match=r"lacks 13 of the 13 genes .* 'other0'.* and the model e\.g\. 'GENE0'"):
+        pretrain(words(**options))
+    with pytest.raises(SystemExit, match="none of its 13 genes is among the 13 of the model"):
+        finetune(words(**options))
+
+
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
@@ -227,8 +274,6 @@ def test_the_linear_guess_is_the_conditional_mean_of_a_normal_distribution():
 
 @pytest.mark.realdata
 def test_on_real_wells_the_small_recipe_beats_the_mean_of_treated_profiles(real_data, tmp_path):
-    from ..conftest import ROOT
-
     recipe = ROOT / "train" / "recipes" / "finetune_drug_response_small.yaml"
     wells = real_data / "drug" / "l1000_level3_HT115_681x978.h5ad"
     finetune(["--recipe", str(recipe), "--data", str(wells), "--output", str(tmp_path / "run"), "--cpu_threads", "1"])
@@ -243,8 +288,6 @@ def test_on_real_wells_the_small_recipe_beats_the_mean_of_treated_profiles(real_
 def test_on_real_cells_an_unseen_type_of_an_unseen_donor_is_predicted_better_than_by_adding_the_mean_effect(
     real_data, tmp_path
 ):
-    from ..conftest import ROOT
-
     recipe = ROOT / "train" / "recipes" / "finetune_drug_response_interferon.yaml"
     cells = real_data / "cells" / "kang2018_ifnb_1556x1267.h5ad"
     words = ["--recipe", str(recipe), "--data", str(cells), "--output", str(tmp_path / "run"), "--cpu_threads", "1"]

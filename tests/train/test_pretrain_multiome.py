@@ -17,8 +17,17 @@ import yaml
 from sklearn.metrics import average_precision_score, precision_recall_curve, precision_recall_fscore_support
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
 
+from cellglot.multiome import principal_embeddings
+from cellglot.tokenization.binarized_string import TASKS
 from cellglot.train.metrics_log import read_metrics
-from cellglot.train.multiome_data import cells_of, feature_means, prepare_data, split_cells, task_token_ids
+from cellglot.train.multiome_data import (
+    cells_of,
+    feature_means,
+    prepare_data,
+    present_features,
+    split_cells,
+    task_token_ids,
+)
 from cellglot.train.multiome_report import ScoreHistogram, probability_of_step
 from cellglot.train.pretrain import main
 from cellglot.train.pretrain_multiome import MultiomePretrainConfig, new_model, pair_lengths
@@ -27,7 +36,7 @@ from ..conftest import ROOT
 from ..tokenization.test_binarized_string import write_parquet
 
 N_CELLS, GENES, PEAKS_PER_GENE = 300, 11, 2
-SMALL = {
+SMALL: dict[str, Any] = {
     "method": "multiome",
     "d_model": 32,
     "d_kv": 8,
@@ -147,7 +156,7 @@ def test_groups_are_held_out_whole(files, finished):
 
 def test_a_t5_learns_to_write_the_planted_rule(files, tmp_path):
     # One gene in four and no more than a dozen tokens: what a CPU learns in seconds
-    options = {"head": "t5", "max_steps": 200, "learning_rate": 1e-2, "d_model": 48, "batch_size": 64}
+    options = {"head": "t5", "max_steps": 160, "learning_rate": 1e-2, "d_model": 48}
     main(words(files, output=tmp_path / "run", eval_every=0, generated_cells=20, **options))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     for row in report["predictions"]:
@@ -191,20 +200,27 @@ def test_a_resumed_run_has_the_same_losses(files, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(files, tmp_path):
-    losses = {}
-    for n in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if n == 2 else []
-        given = words(files, output=tmp_path / str(n), report="false", dropout=0.0, max_steps=3, eval_every=0)
-        done = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "train" / "pretrain.py"), *given],
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        losses[n] = [line["loss"] for line in read_metrics(tmp_path / str(n) / "metrics.jsonl") if "loss" in line]
+    options = {"report": "false", "dropout": 0.0, "max_steps": 3, "eval_every": 0}
+    main(words(files, output=tmp_path / "one", **options))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *launcher,
+            str(ROOT / "train" / "pretrain.py"),
+            *words(files, output=tmp_path / "two", **options),
+        ],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (
+        [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
+        for name in ("one", "two")
+    )
     # float32 sums in another order
-    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_a_corpus_keeps_its_own_splits(tmp_path):
@@ -241,6 +257,26 @@ def test_biases_begin_at_the_frequencies_and_means_of_training_cells(files, fini
     np.testing.assert_allclose(means[GENES + 1 :], expected[GENES + 1 :], atol=1e-5)
     assert means[GENES] > 8  # log(1 + 9,000 of 10,000) of the gene that is always on
     np.testing.assert_allclose(model.head.value_bias.detach(), means, rtol=1e-5)
+
+
+def test_embeddings_begin_as_principal_components_of_training_cells(files, finished):
+    options = config(files, split_by="batch")
+    data = prepare_data(options, finished / "data")
+    train = split_cells(options, cells_of(files))["train"].mask
+    binary = data.processor.feature_extractor(tuple(part[train].copy() for part in planted()))
+    both = sp.csr_matrix(sp.hstack([binary["expression"], binary["accessibility"]]))
+    first = data.processor.model_fields()["first_gene_token_id"]
+    models = [new_model(replace(options, principal_embeddings=on), data.processor, data.train) for on in (True, False)]
+    ours, random = (model.get_input_embeddings().weight.detach()[first:].numpy() for model in models)
+    # 1e-4: float32, and components beyond the planted ones, which are nearly nothing
+    np.testing.assert_allclose(ours, principal_embeddings(both, SMALL["d_model"]), atol=1e-4)
+    assert np.abs(ours - random).max() > 0.1
+    for task in TASKS:
+        found = present_features(data.train, data.processor, task, max_cells=len(data.train), seed=0)
+        np.testing.assert_array_equal(found.toarray(), both.toarray())
+        few = present_features(data.train, data.processor, task, max_cells=7, seed=0)
+        assert few.shape == (7, both.shape[1])
+        assert {tuple(row) for row in few.toarray()} <= {tuple(row) for row in both.toarray()}
 
 
 def test_lengths_are_what_a_forward_pass_takes(files, finished):
@@ -280,6 +316,7 @@ def test_histogram_figures_are_scikit_learn_s():
         ({"cells": []}, "no cells were given"),
         ({"cells": ["nowhere.h5ad"]}, "nowhere.h5ad does not exist"),
         ({"split_by": "donor"}, "obs has no column 'donor'; it has batch"),
+        ({"gene_names": "symbol"}, "rna.h5ad: var has no column 'symbol'; it has none"),
         ({"threshold": 9.5}, "threshold of 9.5 leaves no expressed gene"),
         ({"min_cells": 200}, "min_cells=200 leaves no peaks; the commonest is of"),
     ],

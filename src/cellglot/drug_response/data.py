@@ -80,7 +80,7 @@ class ResponseData:
     @property
     def drugs(self) -> list[str]:
         """Names of the drugs that were given, sorted."""
-        return sorted(set(self.drug[~self.is_control]))
+        return sorted(map(str, set(self.drug[~self.is_control])))
 
     def select(self, rows: np.ndarray) -> "ResponseData":
         """The profiles of a boolean mask or of positions."""
@@ -107,7 +107,7 @@ class ResponseData:
 
 
 class ControlPairs:
-    """Draws controls for treated profiles: of the same group (`pair_by`), or of the cell line where a group has none.
+    """The controls of treated profiles: of the same group (`pair_by`), or of the cell line where a group has none.
 
     Raises  ValueError when a profile is asked for whose cell line has no controls
     """
@@ -129,19 +129,13 @@ class ControlPairs:
         found = self._by_group.get(self._groups[row])
         found = self._by_line.get(self._lines[row]) if found is None else found
         if found is None:
+            others = examples(sorted(self._by_line))
             raise ValueError(
-                f"{self.name}: cell line {str(self._lines[row])!r} has no controls; there are controls of "
-                f"{examples(sorted(self._by_line)) or 'none'}. Add vehicle-treated profiles of it, leave the line out, "
-                'or train with training_input="self".'
+                f"{self.name}: cell line {str(self._lines[row])!r} has no controls; "
+                f"{f'there are some of {others}' if others else 'no line has any'}. Add vehicle-treated profiles of "
+                'it, leave the line out, or, where nothing is held out, train with training_input="self".'
             )
         return found
-
-    def draw(self, rows: Any, rng: np.random.Generator) -> np.ndarray:
-        """(rows,) positions of a control of each profile, drawn anew at each call.
-
-        Raises  ValueError if a cell line has none
-        """
-        return np.array([rng.choice(self.candidates(int(row))) for row in np.asarray(rows)], dtype=np.int64)
 
 
 def _positions(keys: np.ndarray, rows: np.ndarray) -> dict[Any, np.ndarray]:

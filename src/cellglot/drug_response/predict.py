@@ -70,7 +70,7 @@ def predict_response(
     *,
     drug: str | Sequence[str],
     dose: float | Sequence[float],
-    dose_unit: str,
+    dose_unit: str | None = None,
     cell_line: str | None = None,
     smiles: Mapping[str, str] | None = None,
     layer: str | None = None,
@@ -83,7 +83,7 @@ def predict_response(
     model              a DrugResponseForConditionalGeneration; runs where its weights are
     feature_extractor  the ExpressionFeatureExtractor saved beside it
     drug, dose         one or several of each; all pairs are predicted
-    dose_unit          "nM", "uM", "mM"
+    dose_unit          "nM", "uM", "mM"; there is no default
     cell_line          name of the cells' line or type; None: column cell_line, cell_id or cell_type of obs
     smiles             drug -> structure, for drugs that the model was not trained with (drug_encoder="fingerprint")
     layer, gene_ids    of an AnnData or file, in place of X and of the identifiers in `var`
@@ -100,6 +100,8 @@ def predict_response(
     lines = _cell_lines(obs, cell_line)
     drugs = [drug] if isinstance(drug, str) else list(drug)
     doses = micromolar(dose, dose_unit)
+    if not len(drugs) or not len(doses):
+        raise ValueError(f"Expected a drug and a dose at least, found {len(drugs)} drugs and {len(doses)} doses.")
     parts, annotations = [], []
     for name in drugs:
         for amount in doses:

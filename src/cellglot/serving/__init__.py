@@ -1,7 +1,7 @@
 """What a public demo needs: files of strangers read safely, limits on what a request may cost, one way to serve."""
 
 from .deadline import Deadline, TooSlow
-from .interface import MODEL_QUEUE, blocks, bundle, in_words, launch, uploaded_cells
+from .interface import MODEL_QUEUE, blocks, bundle, choose_cells, in_words, launch, uploaded_cells
 from .uploads import Limits, UploadError, read_upload
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "UploadError",
     "blocks",
     "bundle",
+    "choose_cells",
     "in_words",
     "launch",
     "read_upload",

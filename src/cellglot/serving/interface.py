@@ -57,6 +57,23 @@ def launch(demo: Any, *, warm_up: Callable[[], Any] | None = None, **options: An
     return demo.launch(**(settings | options))
 
 
+def choose_cells(examples: str, label: str = "Your cells (.h5ad, raw counts)") -> tuple[Any, Any, Any]:
+    """Inside Blocks: the button for built-in cells, the file, and the button for the file, as every Space begins.
+
+    examples  what the built-in cells are, in Markdown
+    """
+    import gradio as gr
+
+    with gr.Row():
+        with gr.Column(min_width=280):
+            from_examples = gr.Button("Analyse the built-in cells", variant="primary")
+            gr.Markdown(examples)
+        with gr.Column(min_width=280):
+            file = gr.File(label=label, file_types=[".h5ad"], height=130)
+            from_file = gr.Button("Analyse my cells")
+    return from_examples, file, from_file
+
+
 def in_words(event: Callable[..., Any]) -> Callable[..., Any]:
     """The event handler, with errors that people can mend shown to them, and others without details of the machine."""
     import gradio as gr
