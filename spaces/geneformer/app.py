@@ -151,17 +151,21 @@ class Space:
         rows = self._shifts(cells, sample, kind, [cells.genes[gene]], effect="gene").query("affected != 'cell'")
         affected = rows.groupby("affected")["shift"].agg(["mean", "size"]).query("size >= 3")["mean"].nlargest(12)
         labels = dict(zip(self._tokens(cells, list(cells.genes)), cells.genes, strict=True))
+        done = {"delete": "deleted", "overexpress": "overexpressed"}[kind]
         ranked = dict(sorted(by_type.items(), key=lambda item: item[1], reverse=True))
         strongest, rank = next(iter(ranked)), list(among.index).index(gene) + 1
         shift, n_cells = ranked[strongest]
         said = (
-            f"**{gene}**, {kind}d: *{strongest}* moves the most (shift {shift:.4f} in {n_cells} cells). "
+            f"**{gene}**, {done}: *{strongest}* moves the most (shift {shift:.4f} in {n_cells} cells). "
             f"Of {len(among)} genes that about as many cells express it is number **{rank}** by strength."
         )
         return (
             said,
             plot_bars(
-                list(ranked), list(ranked.values()), title=f"Cells that move when {gene} is {kind}d", axis="shift"
+                [f"{name} ({n})" for name, (_, n) in ranked.items()],
+                [shift for shift, _ in ranked.values()],
+                title=f"Cells that move when {gene} is {done}",
+                axis="shift",
             ),
             plot_bars(list(among.index), among, title=f"{gene} among other genes", axis="shift", marked=[gene]),
             plot_bars(
