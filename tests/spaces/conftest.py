@@ -74,6 +74,41 @@ def served(method: str, bundle: Path, work: Path) -> Iterator[Served]:
         process.wait(30)
 
 
+def client(space: Served) -> Any:
+    """A program that uses the Space, as a session of its own."""
+    from gradio_client import Client
+
+    return Client(space.url, verbose=False, analytics_enabled=False)
+
+
+def some_cells(n: int, path: Path) -> Path:
+    """File of n of the built-in cells."""
+    from cellglot.datasets_scripts.pbmc import pbmc_cells
+
+    pbmc_cells()[:n].copy().write_h5ad(path)
+    return path
+
+
+@contextmanager
+def opened(space: Served, browser: Any, width: int, theme: str) -> Iterator[Any]:
+    """The Space's page, which must ask no other host for anything and fit the width."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{space.url}/?__theme={theme}")
+    yield page
+    assert not [url for url in asked if not url.startswith((space.url, "data:", "blob:"))]
+    assert not page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+    page.close()
+
+
+def drawn_figures(page: Any) -> list[int]:
+    """Width on the page of each figure that it shows; icons are images too, but small."""
+    images = page.locator(".gradio-container img")
+    sizes = images.evaluate_all("all => all.map(image => [image.naturalWidth, image.clientWidth])")
+    return [shown for natural, shown in sizes if natural > 300]
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Headless Chromium."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from .conftest import Served, prepare, served
+from .conftest import Served, client, drawn_figures, opened, prepare, served, some_cells
 
 pytestmark = pytest.mark.slow
 
@@ -24,49 +24,20 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield running
 
 
-def client(space: Served) -> Any:
-    from gradio_client import Client
-
-    return Client(space.url, verbose=False, analytics_enabled=False)
-
-
-def some_cells(n: int, path: Path) -> Path:
-    """n cells of the built-in ones."""
-    from cellglot.datasets_scripts.pbmc import recover_counts
-
-    with np.errstate(all="ignore"):
-        import scanpy
-
-        reduced: Any = scanpy.datasets.pbmc68k_reduced()
-    cells = ad.AnnData(sp.csr_matrix(recover_counts(reduced.raw.X)[:n]), var=reduced.raw.var[[]])
-    cells.write_h5ad(path)
-    return path
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "theme"), [(1200, "light"), (390, "dark")])
 def test_by_clicks(space: Served, browser: Any, screenshots: Path, width: int, theme: str) -> None:
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(f"{space.url}/?__theme={theme}")
-    page.get_by_role("button", name="Analyse the built-in").click()
-    page.get_by_text("700 cells").wait_for(timeout=90_000)
-    page.get_by_role("button", name="Perturb", exact=True).click()
-    page.get_by_text("by strength").wait_for(timeout=90_000)
-    figures = page.locator(".gradio-container img")
-    figures.nth(4).wait_for()
-    drawn = figures.evaluate_all("images => images.map(image => [image.naturalWidth, image.clientWidth])")
-    # Icons are images too
-    sizes = [(natural, shown) for natural, shown in drawn if natural > 300]
-    page.screenshot(path=screenshots / f"geneformer-{width}-{theme}.png", full_page=True)
-    too_wide = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
-    page.close()
-    assert len(sizes) == 5
-    assert all(shown > 200 for _, shown in sizes)
-    assert not too_wide
-    elsewhere = [url for url in asked if not url.startswith((space.url, "data:", "blob:"))]
-    assert not elsewhere
+    with opened(space, browser, width, theme) as page:
+        page.get_by_role("button", name="Analyse the built-in").click()
+        page.get_by_text("700 cells").first.wait_for(timeout=90_000)
+        page.get_by_role("button", name="Perturb", exact=True).click()
+        page.get_by_text("by strength").wait_for(timeout=90_000)
+        page.wait_for_function("document.querySelectorAll('.gradio-container img').length >= 5")
+        page.wait_for_timeout(500)
+        page.screenshot(path=screenshots / f"geneformer-{width}-{theme}.png", full_page=True)
+        figures = drawn_figures(page)
+    assert len(figures) == 5
+    assert min(figures) > 200
 
 
 def test_upload_perturb_and_nothing_kept(space: Served, tmp_path: Path) -> None:
