@@ -61,8 +61,8 @@ def test_what_must_not_be_published_is_refused(tmp_path, files, message):
 
 def test_paths_in_a_published_record_lose_their_folders(tmp_path):
     write(tmp_path / "run" / "model", MODEL)
-    config = {"data": "/home/me/data/cells.h5ad", "sources": ["human=/home/me/h.h5ad"], "layer": None, "seed": 3}
-    write_json(tmp_path / "run" / "run.json", {"config": config, "command": ["x", "/home/me/data/cells.h5ad"]})
+    config = {"data": "/data/me/data/cells.h5ad", "sources": ["human=/data/me/h.h5ad"], "layer": None, "seed": 3}
+    write_json(tmp_path / "run" / "run.json", {"config": config, "command": ["x", "/data/me/data/cells.h5ad"]})
     content = find_publication(tmp_path / "run", "org/x").files["run.json"]
     assert isinstance(content, bytes)
     expected = config | {"data": "data/cells.h5ad", "sources": ["human=me/h.h5ad"]}

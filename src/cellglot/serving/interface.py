@@ -94,9 +94,11 @@ def in_words(event: Callable[..., Any]) -> Callable[..., Any]:
 def uploaded_cells(path: str | None, read: Callable[[Path], Any]) -> Any:
     """What `read` gives for an uploaded file, which is removed at once.
 
-    Raises  UploadError if there is none
+    Raises  UploadError if there is none, or the path is not one that Gradio put an upload at
     """
-    if not path:
+    from gradio.utils import get_upload_folder
+
+    if not path or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise UploadError("Expected an .h5ad file, found none. Choose a file and wait until it is uploaded.")
     try:
         return read(Path(path))
