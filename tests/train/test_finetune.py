@@ -308,7 +308,7 @@ def test_two_processes_predict_what_one_does(files, tmp_path):
         ({"test_groups": ["1"]}, "test_groups needs split_by"),
         ({"quantize": "4bit"}, "add --lora_rank"),
         ({"freeze": 3}, "Cannot freeze 3 layers of 2"),
-        ({"model": "nowhere/to-be-found"}, "No rank-value tokenizer at nowhere/to-be-found"),
+        ({"model": "nowhere/to-be-found"}, "nowhere/to-be-found is no folder here"),
         ({"data": "absent.h5ad"}, "does not exist"),
         ({"patience": 3}, "set eval_every"),
         ({"min_per_class": 500}, "found none at all"),
