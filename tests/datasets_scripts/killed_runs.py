@@ -1,5 +1,6 @@
 """A command that is killed three times on its way."""
 
+import contextlib
 import subprocess
 import time
 from pathlib import Path
@@ -24,7 +25,9 @@ def kill_thrice(command: list[str], marks: Path, rng: np.random.Generator, *, ta
             processes = psutil.Process(driver.pid).children(recursive=True)
             driver.kill()
             for process in processes if tasks_too else []:
-                process.kill()
+                # It may have ended since
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             driver.wait()
         assert not psutil.wait_procs(processes, timeout=20)[1], "tasks outlive their driver"
         completed.append(len(list(marks.iterdir())))
