@@ -1,6 +1,6 @@
 """Figures for light and dark pages and phones: transparent, grey text, narrow, long names beside their bars."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,10 +50,11 @@ def plot_bars(names: Sequence[str], values: Any, *, title: str, axis: str, marke
     return finished(ax)
 
 
-def plot_cells(xy: np.ndarray, labels: Sequence[str], *, title: str) -> Any:
+def plot_cells(xy: np.ndarray, labels: Sequence[str], *, title: str, colours: Mapping[str, Any] | None = None) -> Any:
     """Figure of cells in two dimensions, coloured by label, the most frequent first in a legend below.
 
-    xy  (cells, 2)
+    xy       (cells, 2)
+    colours  of each label, in place of a palette
     """
     import matplotlib
     import pandas as pd
@@ -61,14 +62,14 @@ def plot_cells(xy: np.ndarray, labels: Sequence[str], *, title: str) -> Any:
     names = pd.Series(np.asarray(labels, dtype=str))
     counts = names.value_counts()
     ax = new_axes(4.2 + 0.2 * ((len(counts) + 1) // 2), title)
-    colours: Any = matplotlib.colormaps["tab20"]
+    palette: Any = matplotlib.colormaps["tab20"]
     for i, name in enumerate(counts.index):
         chosen = xy[(names == name).to_numpy()]
         ax.scatter(
             *chosen.T,
             s=float(np.clip(6000 / len(xy), 3, 14)),
             linewidths=0,
-            color=colours(i % 20),
+            color=palette(i % 20) if colours is None else colours[name],
             label=f"{name[:26]} ({len(chosen)})",
         )
     ax.set(xticks=[], yticks=[])
