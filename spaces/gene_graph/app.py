@@ -14,7 +14,6 @@ from typing import Any
 
 import anndata as ad
 import gradio as gr
-import numpy as np
 import pandas as pd
 
 import cellglot
@@ -27,6 +26,7 @@ from cellglot.serving import (
     in_words,
     launch,
     read_upload,
+    sampled,
     uploaded_cells,
 )
 from cellglot.serving.figures import finished, new_axes, plot_bars
@@ -60,8 +60,7 @@ class Space:
     def decide(self, adata: ad.AnnData, progress: Any) -> Decision:
         """Types of the cells, or of a sample of MAX_CELLS, and what decided."""
         deadline = Deadline(SECONDS)
-        if adata.n_obs > MAX_CELLS:
-            adata = adata[np.sort(np.random.default_rng(0).choice(adata.n_obs, MAX_CELLS, replace=False))].copy()
+        adata = sampled(adata, MAX_CELLS)
         progress(0.1, desc="naming the cells")
         named = cellglot.classify_expression(adata, self.model, progress=False)
         counts = named.iloc[:, 0].astype(str).value_counts()

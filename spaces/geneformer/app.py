@@ -28,6 +28,7 @@ from cellglot.serving import (
     in_words,
     launch,
     read_upload,
+    sampled,
     uploaded_cells,
 )
 from cellglot.serving.figures import plot_bars, plot_cells
@@ -75,8 +76,7 @@ class Space:
     def analyse(self, adata: ad.AnnData, progress: Any) -> Cells:
         """Types and map of the cells, or of a sample of MAX_CELLS."""
         deadline = Deadline(SECONDS)
-        if adata.n_obs > MAX_CELLS:
-            adata = adata[np.sort(np.random.default_rng(0).choice(adata.n_obs, MAX_CELLS, replace=False))].copy()
+        adata = sampled(adata, MAX_CELLS)
         parts = []
         for start in range(0, adata.n_obs, 200):
             deadline.check()

@@ -28,6 +28,7 @@ from cellglot.serving import (
     in_words,
     launch,
     read_upload,
+    sampled,
     uploaded_cells,
 )
 from cellglot.serving.figures import ACCENT, GREY, REST, finished, new_axes, plot_bars
@@ -109,8 +110,7 @@ class Space:
     def read(self, adata: ad.AnnData, progress: Any) -> tuple[Cells, str]:
         """The cells, or a sample of MAX_CELLS, as the model reads them, and in words what was found."""
         deadline, n_given = Deadline(SECONDS), adata.n_obs
-        if n_given > MAX_CELLS:
-            adata = adata[np.sort(np.random.default_rng(0).choice(n_given, MAX_CELLS, replace=False))].copy()
+        adata = sampled(adata, MAX_CELLS)
         progress(0.3, desc="reading the cells")
         report = PairingReport()
         read = self.processor.encode(adata, "gex2atac", min_matched_features=LEAST_MATCHED, report=report)[:]

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from cellglot.serving import Limits, UploadError, read_upload
+from cellglot.serving import Limits, UploadError, read_upload, sampled
 
 CELLS, GENES = 23, 31
 
@@ -258,3 +258,11 @@ def test_a_link_in_place_of_the_file_is_not_followed(path: Path) -> None:
     link.symlink_to(path)
     with pytest.raises(UploadError, match="found none"):
         read_upload(link)
+
+
+def test_a_sample_keeps_the_order_and_is_the_same_again() -> None:
+    names = list(sampled(cells(), 7).obs_names)
+    assert names == list(sampled(cells(), 7).obs_names)
+    assert names == sorted(names, key=lambda name: int(name.removeprefix("cell")))
+    assert len(names) == 7
+    assert sampled(cells(), CELLS).n_obs == CELLS

@@ -2,7 +2,7 @@
 
 from .deadline import Deadline, TooSlow
 from .interface import MODEL_QUEUE, blocks, bundle, choose_cells, in_words, launch, uploaded_cells
-from .uploads import Limits, UploadError, read_upload
+from .uploads import Limits, UploadError, read_upload, sampled
 
 __all__ = [
     "MODEL_QUEUE",
@@ -16,5 +16,6 @@ __all__ = [
     "in_words",
     "launch",
     "read_upload",
+    "sampled",
     "uploaded_cells",
 ]

@@ -61,6 +61,13 @@ def read_upload(path: str | Path, limits: Limits = Limits()) -> Any:
     return ad.AnnData(matrix, obs=table(arrays, "obs"), var=table(arrays, "var"), uns={"counts": answer["counts"]})
 
 
+def sampled(adata: Any, n_cells: int) -> Any:
+    """The cells, or a copy of `n_cells` of them, drawn at random, in their order; the same each time."""
+    if adata.n_obs <= n_cells:
+        return adata
+    return adata[np.sort(np.random.default_rng(0).choice(adata.n_obs, n_cells, replace=False))].copy()
+
+
 def check_file(path: Path, limits: Limits) -> None:
     """Size and first bytes, before anything parses the file."""
     if path.is_symlink() or not path.is_file():
