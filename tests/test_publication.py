@@ -1,9 +1,11 @@
 """What a folder would upload to the Hub, and what is refused before anything is sent."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cellglot.hub import HubError
 from cellglot.publication import find_publication, shown
@@ -11,6 +13,7 @@ from cellglot.train.config import write_json
 
 from .hub_stub import OWNER
 
+SPACES = Path(__file__).parents[1] / "spaces"
 CONFIG = '{"auto_map": {"AutoModel": "modeling_x.XModel"}}'
 MODEL = {
     "README.md": "---\nlicense: other\n---\n# X\n",
@@ -68,3 +71,16 @@ def test_paths_in_a_published_record_lose_their_folders(tmp_path):
     expected = config | {"data": "data/cells.h5ad", "sources": ["human=me/h.h5ad"]}
     assert json.loads(content) == {"config": expected}
     assert shown("org/name") == "org/name"
+
+
+@pytest.mark.parametrize("folder", sorted(SPACES.glob("*/")), ids=lambda folder: folder.name)
+def test_every_space_goes_along_with_its_model_and_starts_with_the_gradio_that_is_tested(folder, tmp_path):
+    space = shutil.copytree(folder, tmp_path / "space", ignore=shutil.ignore_patterns("model", "__pycache__"))
+    write(space / "model", MODEL | {"about.json": "{}", "examples.h5ad": ""})
+    publication = find_publication(space, "org/space")
+    assert (publication.kind, publication.sdk) == ("space", "gradio")
+    expected = {"app.py", "prepare.py", "requirements.txt", "model/about.json", "model/examples.h5ad"}
+    assert expected < publication.files.keys()
+    front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+    assert f"gradio=={front['sdk_version']}" in (SPACES.parent / "constraints.txt").read_text().splitlines()
+    assert front["app_file"] in publication.files

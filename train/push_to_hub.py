@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{publication.kind} {options.repository}, {len(sizes)} files, {sum(sizes.values()):,} bytes:")
         print("\n".join(f"{size:>15,}  {name}" for name, size in sizes.items()))
         print(f"stays here: {', '.join(publication.left_out) or 'nothing'}")
+        if "prepare.py" in sizes and not any(name.startswith("model/") for name in sizes):
+            print("no model goes along: run prepare.py first, or set CELLGLOT_SPACE_MODEL in the Space's settings")
         if not options.dry_run:
             print(publish(publication, private=options.private))
     except HubError as error:

@@ -26,13 +26,16 @@ from cellglot.serving import (
     blocks,
     bundle,
     choose_cells,
+    counted,
     in_words,
     launch,
+    name_genes,
     read_upload,
+    sampled,
     uploaded_cells,
 )
 from cellglot.serving.figures import ACCENT, REST, plot_bars, plot_cells, plot_matrix
-from cellglot.tokenization.pca_projection import ProjectionReport
+from cellglot.tokenization.gene_ids import GeneResolver
 
 MAX_CELLS = 2000
 # A type is compared when it has this many cells, and at most so many types of a species are
@@ -74,8 +77,8 @@ class Space:
         self.length = float(np.sqrt(np.square(self.human).sum(axis=1).mean()))
         self.orthologs = pd.read_csv(folder / "orthologs.csv")
         self.renamed = self._renaming()
-        mouse_genes = zip(self.extractor.gene_symbols("mouse"), self.extractor.gene_ids("mouse"), strict=True)
-        self._ids = {symbol.upper(): gene_id for symbol, gene_id in mouse_genes}
+        ids = self.extractor.gene_ids("mouse")
+        self._mouse_genes = GeneResolver(ids, dict(zip(self.extractor.gene_symbols("mouse"), ids, strict=True)))
 
     def _renaming(self) -> Any:
         """Projects mouse cells to the human components, each ortholog as if it were the human gene, means removed."""
@@ -91,21 +94,16 @@ class Space:
         )
         return cellglot.PCAProjectionFeatureExtractor({"mouse": as_human}, target_sum=self.extractor.target_sum)
 
-    def translate(self, adata: ad.AnnData, progress: Any) -> tuple[Translated, str, tuple[Any, ...]]:
+    def translate(self, adata: ad.AnnData, whose: str, progress: Any) -> tuple[Translated, str, tuple[Any, ...]]:
         """Mouse cells, or a sample of MAX_CELLS of them, in human space; in words; maps and heat maps."""
-        deadline = Deadline(SECONDS)
+        deadline, n_given = Deadline(SECONDS), adata.n_obs
         matrix: Any = adata.X
-        kept = np.flatnonzero(np.asarray(matrix.sum(axis=1)).ravel() > 0)
-        if len(kept) > MAX_CELLS:
-            kept = np.sort(np.random.default_rng(0).choice(kept, MAX_CELLS, replace=False))
-        if len(kept) < MIN_CELLS:
-            raise ValueError(f"Expected {MIN_CELLS} cells or more with counts, found {len(kept)}.")
-        adata = adata[kept].copy()
-        # Files name genes by ids or symbols, whichever the model was trained with
-        adata.var_names = [self._ids.get(str(name).upper(), str(name)) for name in adata.var_names]
+        adata = sampled(adata[np.asarray(matrix.sum(axis=1)).ravel() > 0].copy(), MAX_CELLS)
+        if adata.n_obs < MIN_CELLS:
+            raise ValueError(f"Expected {MIN_CELLS} cells or more with counts, found {adata.n_obs}.")
+        adata, known = name_genes(adata, self._mouse_genes)
         progress(0.1, desc="mouse cells to human space")
-        report = ProjectionReport()
-        components = self.extractor(adata, "mouse", return_tensors="pt", report=report)["projections"]
+        components = self.extractor(adata, "mouse", return_tensors="pt")["projections"]
         translated = self.model.translate(components, source="mouse", target="human").numpy() / self.length
         renamed, human = self.renamed(adata, "mouse")["projections"] / self.length, self.human / self.length
         types = types_of(adata, translated)
@@ -133,8 +131,9 @@ class Space:
             plot_matrix(distances[1], title="Mouse (rows) to human: genes renamed", **heat),
         )
         means = pd.DataFrame({name: translated[types == name].mean(axis=0) for name in rows.index}).T * self.length
-        said = f"{report.n_matched_genes:,} of their {report.n_genes:,} genes are known to the model. "
-        said += self._agreement(human, types, translated, renamed)
+        said = (
+            f"{counted(adata.n_obs, n_given)}, {whose}; {known}. {self._agreement(human, types, translated, renamed)}"
+        )
         return Translated(rows, distances[0], means), said, figures
 
     def _agreement(self, human: Any, types: Any, translated: Any, renamed: Any) -> str:
@@ -199,10 +198,9 @@ def build(space: Space) -> gr.Blocks:
     """The page."""
 
     def shown(adata: ad.AnnData, whose: str, progress: Any) -> tuple[Any, ...]:
-        translated, told, figures = space.translate(adata, progress)
+        translated, read, figures = space.translate(adata, whose, progress)
         names = list(translated.n_cells.index)
         choice = gr.Dropdown(choices=names, value=names[0])
-        read = f"**{adata.n_obs:,} cells**, {whose}. {told}"
         return translated, read, *figures, choice, *space.figures(translated, names[0]), gr.Column(visible=True)
 
     @in_words
@@ -258,4 +256,4 @@ def build(space: Space) -> gr.Blocks:
 
 if __name__ == "__main__":
     chosen = Space(bundle(Path(__file__).parent / "model"))
-    launch(build(chosen), warm_up=lambda: chosen.translate(chosen.examples, lambda *_, **__: None))
+    launch(build(chosen), warm_up=lambda: chosen.translate(chosen.examples, "", lambda *_, **__: None))

@@ -30,6 +30,7 @@ from cellglot.serving import (
     in_words,
     launch,
     read_upload,
+    sampled,
     uploaded_cells,
 )
 from cellglot.serving.figures import ACCENT, GREY, REST, finished, new_axes, plot_bars
@@ -103,6 +104,10 @@ class Space:
                 raise ValueError(f"Expected a SMILES of at most {MAX_STRUCTURE} characters, found {len(structure)}.")
             # A copy, since an extractor keeps the fingerprint of every structure it was ever asked for
             drug, smiles, extractor = NEW_DRUG, {NEW_DRUG: structure}, copy.deepcopy(extractor)
+        elif drug not in self.data.drugs:
+            raise ValueError(f"Expected a drug of the list, found {str(drug)[:40]!r}. Choose one, or give a structure.")
+        if line not in self.lines:
+            raise ValueError(f"Expected a cell type of the list, found {str(line)[:40]!r}. Choose one of it.")
         in_micromolar = float(micromolar(amount, unit)[0])
         rows, controls = self.measured(drug, line, in_micromolar)
         start: Any = self.data.select(controls) if own is None else cells_of(own, line)
@@ -177,7 +182,7 @@ def cells_of(own: ad.AnnData, line: str) -> ad.AnnData:
     """The cells that a column of obs calls by the line, all where none does; MAX_CELLS at most."""
     named = [(own.obs[column].astype(str) == line).to_numpy() for column in own.obs]
     chosen = np.flatnonzero(next((of_line for of_line in named if of_line.any()), np.ones(own.n_obs, bool)))
-    return own[np.sort(np.random.default_rng(0).permutation(chosen)[:MAX_CELLS])].copy()
+    return sampled(own[chosen], MAX_CELLS).copy()
 
 
 def plot_changes(genes: np.ndarray, change: np.ndarray, truth: np.ndarray | None, *, title: str) -> Any:
@@ -201,9 +206,10 @@ def plot_agreement(genes: np.ndarray, change: np.ndarray, truth: np.ndarray, r: 
     ax.axline((0, 0), slope=1, color=GREY, linewidth=0.8, linestyle=":")
     ax.scatter(truth, change, s=9, linewidths=0, color=REST)
     ax.scatter(truth[named], change[named], s=16, linewidths=0, color=ACCENT)
-    for i in named:
-        side = "right" if truth[i] > 0 else "left"
-        ax.annotate(genes[i], (truth[i], change[i]), xytext=(0, 5), textcoords="offset points", fontsize=8, ha=side)
+    # Names of neighbours lie above and below their points in turn
+    for place, i in enumerate(sorted(named, key=lambda gene: truth[gene])):
+        side, above = "right" if truth[i] > 0 else "left", 5 if place % 2 else -11
+        ax.annotate(genes[i], (truth[i], change[i]), xytext=(0, above), textcoords="offset points", fontsize=8, ha=side)
     ax.set_xlabel("measured change", fontsize=9)
     ax.set_ylabel("predicted change", fontsize=9)
     return finished(ax)
@@ -242,7 +248,8 @@ def build(space: Space) -> gr.Blocks:
         )
         session = gr.State(time_to_live=1800)
         with gr.Row():
-            drug = gr.Dropdown(space.data.drugs, value=first[0], label="Drug", min_width=220)
+            # Of custom values this page says what is expected, in its own words
+            drug = gr.Dropdown(space.data.drugs, value=first[0], label="Drug", allow_custom_value=True, min_width=220)
             doses = [f"{dose:g} uM" for dose in space.doses]
             dose = gr.Dropdown(
                 doses,
@@ -252,7 +259,7 @@ def build(space: Space) -> gr.Blocks:
                 min_width=160,
                 visible=space.about["dose_known"],
             )
-            line = gr.Dropdown(space.lines, value=first[2], label="Cell type", min_width=160)
+            line = gr.Dropdown(space.lines, value=first[2], label="Cell type", allow_custom_value=True, min_width=160)
         structure = gr.Textbox(
             label="Another structure (SMILES) in place of the drug", max_length=400, visible=by_structure
         )
@@ -261,7 +268,7 @@ def build(space: Space) -> gr.Blocks:
             examples = [(gr.Button(f"Try: {name}", size="sm", min_width=120), values) for name, values in tries.items()]
         # Others than counts come in scales that cannot be told apart
         with gr.Accordion("Control cells of your own", open=False, visible=space.extractor.target_sum is not None):
-            file = gr.File(label="Untreated cells (.h5ad, raw counts)", file_types=[".h5ad"], height=130)
+            file = gr.File(label="Untreated cells (.h5ad, raw counts)", file_types=[".h5ad"], height=165)
             from_file = gr.Button("Use my cells")
             read = gr.Markdown()
         with gr.Column(visible=False) as results:

@@ -17,14 +17,17 @@ import gradio as gr
 import pandas as pd
 
 import cellglot
+from cellglot.gene_graph import GeneNames
 from cellglot.serving import (
     MODEL_QUEUE,
     Deadline,
     blocks,
     bundle,
     choose_cells,
+    counted,
     in_words,
     launch,
+    name_genes,
     read_upload,
     sampled,
     uploaded_cells,
@@ -52,6 +55,7 @@ class Space:
         self.model = cellglot.GeneGraphForSequenceClassification.from_pretrained(folder).eval()
         self.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self._examples = ad.read_h5ad(folder / "examples.h5ad")
+        self.genes = GeneNames.of_config(self.model.config).resolver()
 
     def examples(self, progress: Any) -> Decision:
         """The built-in cells, those held out from training."""
@@ -94,22 +98,24 @@ def build(space: Space) -> gr.Blocks:
     """The page."""
     held_out = space.about["held_out"]
 
-    def shown(decision: Decision, whose: str) -> tuple[Any, ...]:
+    def shown(decision: Decision, n_given: int, whose: str) -> tuple[Any, ...]:
         labels = decision.counts.index.tolist()
         said, genes, network = space.figures(decision, labels[0])
         types = plot_bars(labels, decision.counts, title="Predicted types", axis="cells")
-        read = f"**{decision.counts.sum():,} cells**, {whose}."
+        read = f"{counted(decision.counts.sum(), n_given)}, {whose}."
         choice = gr.Dropdown(choices=labels, value=labels[0])
         return decision, read, types, choice, said, genes, network, gr.Column(visible=True)
 
     @in_words
     def analyse_examples(progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008 (how Gradio asks for it)
-        yield shown(space.examples(progress), "built in, none of which the model was trained on")
+        decision = space.examples(progress)
+        yield shown(decision, decision.counts.sum(), "built in, none of which the model was trained on")
 
     @in_words
     def analyse(path: str | None, progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008
         progress(0, desc="reading the file")
-        yield shown(space.decide(uploaded_cells(path, read_upload), progress), "yours")
+        adata, known = name_genes(uploaded_cells(path, read_upload), space.genes)
+        yield shown(space.decide(adata, progress), adata.n_obs, f"yours; {known}")
 
     @in_words
     def explain(decision: Decision | None, label: str) -> Iterator[Any]:

@@ -25,6 +25,7 @@ from cellglot.serving import (
     blocks,
     bundle,
     choose_cells,
+    counted,
     in_words,
     launch,
     read_upload,
@@ -39,6 +40,8 @@ MIN_CELLS = 5
 # Cells of a type that a gene is perturbed in, cells in which it is compared with others, and how many others
 CELLS_PER_TYPE, COMPARED_CELLS, COMPARED_GENES = 30, 40, 15
 SECONDS = 120
+# To begin with: markers of B and NK cells; how little the last one matters to the built-in model is worth a look too
+EXAMPLES = (("MS4A1", "delete"), ("NKG7", "overexpress"), ("CD79A", "delete"))
 
 
 @dataclass(frozen=True)
@@ -202,9 +205,8 @@ def build(space: Space) -> gr.Blocks:
 
     def shown(cells: Cells, whose: str, n_given: int) -> tuple[Any, ...]:
         n, genes = cells.adata.n_obs, list(cells.genes)
-        of = f" of {n_given:,}" if n_given > n else ""
-        said = f"**{n:,}{of} cells**, {whose}. {len(genes):,} of their genes can be perturbed."
-        first = "CD79A" if "CD79A" in genes else next(iter(genes), None)
+        said = f"{counted(n, n_given)}, {whose}. {len(genes):,} of their genes can be perturbed."
+        first = next((gene for gene, _ in EXAMPLES if gene in cells.genes), next(iter(genes), None))
         return cells, said, *cells.figures, gr.Dropdown(choices=genes, value=first), gr.Column(visible=True)
 
     @in_words
@@ -247,6 +249,11 @@ def build(space: Space) -> gr.Blocks:
                 gene = gr.Dropdown(label="Gene", choices=[], allow_custom_value=True, min_width=160)
                 kind = gr.Radio(["delete", "overexpress"], value="delete", label="What to do", min_width=160)
             go = gr.Button("Perturb", variant="primary")
+            with gr.Row():
+                tries = [
+                    (gr.Button(f"Try: {does} {name}", size="sm", min_width=120), (name, does))
+                    for name, does in EXAMPLES
+                ]
             perturbed = gr.Markdown()
             with gr.Row():
                 by_type = gr.Plot(show_label=False, min_width=300)
@@ -261,9 +268,11 @@ def build(space: Space) -> gr.Blocks:
         outputs = [session, said, cell_map, type_bars, gene, results]
         from_examples.click(analyse_examples, None, outputs, api_name="analyse_examples", **MODEL_QUEUE)
         from_file.click(analyse, file, outputs, api_name="analyse", **MODEL_QUEUE)
-        go.click(
-            perturb, [session, gene, kind], [perturbed, by_type, among, affected], api_name="perturb", **MODEL_QUEUE
-        )
+        asked, drawn = [session, gene, kind], [perturbed, by_type, among, affected]
+        go.click(perturb, asked, drawn, api_name="perturb", **MODEL_QUEUE)
+        for button, values in tries:
+            filled = button.click(lambda values=values: values, None, asked[1:], api_visibility="private")
+            filled.then(perturb, asked, drawn, api_visibility="private", **MODEL_QUEUE)
     return demo
 
 

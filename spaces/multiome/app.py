@@ -25,21 +25,21 @@ from cellglot.serving import (
     blocks,
     bundle,
     choose_cells,
+    counted,
     in_words,
     launch,
+    name_genes,
     read_upload,
     sampled,
     uploaded_cells,
 )
 from cellglot.serving.figures import ACCENT, GREY, REST, finished, new_axes, plot_bars
-from cellglot.tokenization.binarized_features import PairingReport
 from cellglot.tokenization.binarized_string import TASKS
+from cellglot.tokenization.gene_ids import GeneResolver
 
 MAX_CELLS = 2000
 SHOWN, RISING = 25, 10
 SECONDS = 60
-# Of the genes that a file and the model could share; those that the file lacks count as not expressed
-LEAST_MATCHED = 0.1
 TASK = {"peaks from genes": "gex2atac", "genes from peaks": "atac2gex"}
 # What is predicted, and what it is if it is there
 WORDS = {"gex2atac": ("peaks", "open"), "atac2gex": ("genes", "expressed")}
@@ -89,6 +89,8 @@ class Space:
         self.rows = {name: i for i, name in enumerate(tables["types"].tolist())}
         self.usual = {task: tables[task] for task in TASKS}
         self._pair = ad.read_h5ad(folder / "examples_rna.h5ad"), ad.read_h5ad(folder / "examples_atac.h5ad")
+        features = self.processor.feature_extractor
+        self._genes = GeneResolver(features.genes, features.gene_aliases)
         var: Any = self._pair[1].var
         # Simulated peak -> the genes that open it
         self._rule: dict[str, str] = var["rule"].to_dict() if "rule" in var else {}
@@ -110,10 +112,10 @@ class Space:
     def read(self, adata: ad.AnnData, progress: Any) -> tuple[Cells, str]:
         """The cells, or a sample of MAX_CELLS, as the model reads them, and in words what was found."""
         deadline, n_given = Deadline(SECONDS), adata.n_obs
-        adata = sampled(adata, MAX_CELLS)
+        adata, said = name_genes(sampled(adata, MAX_CELLS), self._genes)
         progress(0.3, desc="reading the cells")
-        report = PairingReport()
-        read = self.processor.encode(adata, "gex2atac", min_matched_features=LEAST_MATCHED, report=report)[:]
+        # Few known genes are no reason to refuse twice
+        read = self.processor.encode(adata, "gex2atac", min_matched_features=0)[:]
         deadline.check()
         given = adata.obs["cell_type"].astype(str) if "cell_type" in adata.obs else [""] * adata.n_obs
         types = [kind if kind in self.rows else "" for kind in given]
@@ -121,10 +123,7 @@ class Space:
         # Each has a task token and an end token
         known = [i for i, ids in enumerate(ids_n) if len(ids) > 2]
         cells = Cells({str(adata.obs_names[i]): types[i] for i in known}, {"gex2atac": [ids_n[i] for i in known]}, {})
-        of = f" of {n_given:,}" if n_given > len(known) else ""
-        n_genes = len(self.processor.feature_extractor.genes)
-        said = f"{report.n_matched_genes:,} of the {n_genes:,} genes that the model knows are among theirs"
-        return cells, f"**{len(known):,}{of} cells**, yours; {said}. Which of their peaks are open is not known."
+        return cells, f"{counted(len(known), n_given)}, yours; {said}. Which of their peaks are open is not known."
 
     def figures(self, cells: Cells, cell: str, task: str) -> tuple[str, Any, Any, Any]:
         """In words, and figures of the likeliest features, of the hits, and of what rises above its frequency."""

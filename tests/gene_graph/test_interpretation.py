@@ -171,7 +171,7 @@ def test_the_figure_shows_the_strongest_edges_and_the_symbols_of_their_genes(cel
     total = of_class.groupby(pd.Series(pairs, index=of_class.index))["importance"].sum().abs()
     total = total.sort_values(ascending=False)
     assert shown == set().union(*total.index[:5])
-    assert "B: the 5 most important edges" in ax.get_title()
+    assert "B: the 5 most important edges" in ax.get_title("left")
     plt.close(ax.figure)
 
 

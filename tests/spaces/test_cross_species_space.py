@@ -93,5 +93,5 @@ def test_errors_are_in_words(space: Served, model: Path, tmp_path: Path) -> None
     cells = ad.read_h5ad(model / "mouse.h5ad")[:17].copy()
     cells.var_names = [f"gene{i}" for i in range(cells.n_vars)]
     cells.write_h5ad(tmp_path / "unknown.h5ad")
-    with pytest.raises(AppError, match="none of its"):
+    with pytest.raises(AppError, match="of which the model knows 0"):
         api.predict(handle_file(tmp_path / "unknown.h5ad"), api_name="/analyse")

@@ -31,6 +31,13 @@ def test_by_clicks(space: Served, browser: Any, screenshots: Path, width: int, t
         page.wait_for_timeout(1000)
         page.screenshot(path=screenshots / f"drug_response-{width}-{theme}.png", full_page=True)
         assert page.get_by_text("Simulated responses").count()
+        page.get_by_role("button", name="Try: a new structure").click()
+        page.get_by_text("This was not measured").wait_for(timeout=90_000)
+        assert page.get_by_label("Another structure").input_value()
+        page.get_by_role("button", name="Try: held out").click()
+        page.get_by_text("none of them has seen this response").wait_for(timeout=90_000)
+        assert not page.get_by_label("Another structure").input_value()
+        page.wait_for_timeout(500)
         figures = drawn_figures(page)
     assert len(figures) == 3
     assert min(figures) > 200
@@ -61,6 +68,14 @@ def test_held_out_trained_and_unmeasured_are_told_apart(space: Served) -> None:
     unseen = said("simulated drug A", "50 uM", "CD19+ B", "CCCCCc1ccccc1C(=O)NCC")
     assert "your structure" in unseen
     assert "beyond" in unseen
+
+
+@pytest.mark.parametrize(("drug", "line"), [("aspirin", "Dendritic"), ("simulated drug A", "<b>")])
+def test_unknown_drugs_and_types_are_refused_in_words(space: Served, drug: str, line: str) -> None:
+    from gradio_client.exceptions import AppError
+
+    with pytest.raises(AppError, match="of the list, found"):
+        client(space).predict(drug, "10 uM", line, "", api_name="/predict")
 
 
 @pytest.mark.parametrize(

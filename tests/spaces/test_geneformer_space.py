@@ -36,6 +36,9 @@ def test_by_clicks(space: Served, browser: Any, screenshots: Path, width: int, t
         page.wait_for_function("document.querySelectorAll('.gradio-container img').length >= 5")
         page.wait_for_timeout(500)
         page.screenshot(path=screenshots / f"geneformer-{width}-{theme}.png", full_page=True)
+        page.get_by_role("button", name="Try: overexpress NKG7").click()
+        page.get_by_text("NKG7, overexpressed").wait_for(timeout=90_000)
+        assert page.get_by_label("overexpress").is_checked()
         figures = drawn_figures(page)
     assert len(figures) == 5
     assert min(figures) > 200

@@ -88,5 +88,5 @@ def test_errors_are_in_words(space: Served, tmp_path: Path) -> None:
     with pytest.raises(AppError, match=r"Expected an \.h5ad file"):
         api.predict(handle_file(tmp_path / "bad.h5ad"), api_name="/analyse")
     ad.AnnData(sp.csr_matrix(np.ones((20, 7), np.float32))).write_h5ad(tmp_path / "unknown.h5ad")
-    with pytest.raises(AppError, match="are in the vocabulary"):
+    with pytest.raises(AppError, match="of which the model knows 0"):
         api.predict(handle_file(tmp_path / "unknown.h5ad"), api_name="/analyse")

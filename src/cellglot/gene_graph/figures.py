@@ -5,15 +5,12 @@ from typing import Any
 import numpy as np
 
 
-def plot_importance_network(
-    genes: Any, edges: Any, label: str, *, n_edges: int = 40, seed: int = 0, ax: Any = None
-) -> Any:
+def plot_importance_network(genes: Any, edges: Any, label: str, *, n_edges: int = 40, ax: Any = None) -> Any:
     """The most important edges of a class and the genes they join.
 
     genes, edges  as of `gene_importance`. Both directions of an edge, and all graphs and layers, are summed
     label         the class
     n_edges       drawn at the most
-    seed          of the layout
     Line width is an edge's importance, red for the class and blue against it; so is the colour of a gene.
     Raises        ValueError for a class without edges
     """
@@ -35,7 +32,10 @@ def plot_importance_network(
         graph.add_edge(a, b, importance=value)
     of_class = genes[genes["label"] == label].set_index("gene_id")
     names, values = of_class["gene_symbol"].to_dict(), of_class["importance"].to_dict()
-    place = nx.spring_layout(graph, seed=seed, k=2.2 / np.sqrt(len(graph)), weight=None)
+    # As far apart on the page as by edges; springs draw cliques together until nothing can be read
+    far = 1 + max(max(steps.values()) for _, steps in nx.all_pairs_shortest_path_length(graph))
+    apart = {a: dict.fromkeys(graph, far) | dict(steps) for a, steps in nx.all_pairs_shortest_path_length(graph)}
+    place = nx.kamada_kawai_layout(graph, dist=apart)
     ax = ax or plt.subplots(figsize=(7.6, 6.4))[1]
     colours = plt.get_cmap("RdBu_r")
     strength = np.array([graph.edges[edge]["importance"] for edge in graph.edges])
@@ -65,6 +65,6 @@ def plot_importance_network(
     above = {gene: (x, y + 0.045) for gene, (x, y) in place.items()}
     nx.draw_networkx_labels(graph, above, labels={gene: names[gene] for gene in graph}, font_size=8, ax=ax)
     ax.figure.colorbar(drawn, ax=ax, label="importance of the gene", fraction=0.04, pad=0.02)
-    ax.set_title(f"{label}: the {len(pairs)} most important edges", fontsize="medium")
+    ax.set_title(f"{label}: the {len(pairs)} most important edges", fontsize="medium", loc="left")
     ax.set_axis_off()
     return ax

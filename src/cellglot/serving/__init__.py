@@ -1,8 +1,9 @@
 """What a public demo needs: files of strangers read safely, limits on what a request may cost, one way to serve."""
 
 from .deadline import Deadline, TooSlow
+from .genes import name_genes
 from .interface import MODEL_QUEUE, blocks, bundle, choose_cells, in_words, launch, uploaded_cells
-from .uploads import Limits, UploadError, read_upload, sampled
+from .uploads import Limits, UploadError, counted, read_upload, sampled
 
 __all__ = [
     "MODEL_QUEUE",
@@ -13,8 +14,10 @@ __all__ = [
     "blocks",
     "bundle",
     "choose_cells",
+    "counted",
     "in_words",
     "launch",
+    "name_genes",
     "read_upload",
     "sampled",
     "uploaded_cells",

@@ -18,9 +18,9 @@ def new_axes(height: float, title: str) -> Any:
     figure = Figure(figsize=(WIDTH, height), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
     figure.patch.set_alpha(0)
-    ax = figure.add_subplot()
-    ax.set_title(title, fontsize=11)
-    return ax
+    # Over the whole width, which long titles need
+    figure.suptitle(title, fontsize=11, x=0.02, ha="left")
+    return figure.add_subplot()
 
 
 def finished(ax: Any) -> Any:
@@ -28,6 +28,8 @@ def finished(ax: Any) -> Any:
     ax.patch.set_alpha(0)
     for text in ax.figure.findobj(match=lambda artist: hasattr(artist, "set_fontsize")):
         text.set_color(GREY)
+        # A stranger's names may hold a dollar sign, which else begins a formula
+        text.set_parse_math(False)
     ax.tick_params(colors=GREY, which="both")
     for spine in ax.spines.values():
         spine.set_color(GREY)

@@ -69,7 +69,7 @@ def choose_cells(examples: str, label: str = "Your cells (.h5ad, raw counts)") -
             from_examples = gr.Button("Analyse the built-in cells", variant="primary")
             gr.Markdown(examples)
         with gr.Column(min_width=280):
-            file = gr.File(label=label, file_types=[".h5ad"], height=130)
+            file = gr.File(label=label, file_types=[".h5ad"], height=165)
             from_file = gr.Button("Analyse my cells")
     return from_examples, file, from_file
 

@@ -68,6 +68,11 @@ def sampled(adata: Any, n_cells: int) -> Any:
     return adata[np.sort(np.random.default_rng(0).choice(adata.n_obs, n_cells, replace=False))].copy()
 
 
+def counted(n: int, n_given: int) -> str:
+    """How many cells a page looks at, of those it was given, in Markdown."""
+    return f"**{n:,} of {n_given:,} cells**" if n_given > n else f"**{n:,} cells**"
+
+
 def check_file(path: Path, limits: Limits) -> None:
     """Size and first bytes, before anything parses the file."""
     if path.is_symlink() or not path.is_file():
