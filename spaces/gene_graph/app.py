@@ -102,14 +102,14 @@ def build(space: Space) -> gr.Blocks:
         labels = decision.counts.index.tolist()
         said, genes, network = space.figures(decision, labels[0])
         types = plot_bars(labels, decision.counts, title="Predicted types", axis="cells")
-        read = f"{counted(decision.counts.sum(), n_given)}, {whose}."
+        read = f"{counted(int(decision.counts.sum()), n_given)}, {whose}."
         choice = gr.Dropdown(choices=labels, value=labels[0])
         return decision, read, types, choice, said, genes, network, gr.Column(visible=True)
 
     @in_words
     def analyse_examples(progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008 (how Gradio asks for it)
         decision = space.examples(progress)
-        yield shown(decision, decision.counts.sum(), "built in, none of which the model was trained on")
+        yield shown(decision, int(decision.counts.sum()), "built in, none of which the model was trained on")
 
     @in_words
     def analyse(path: str | None, progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008
