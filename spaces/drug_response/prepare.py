@@ -1,6 +1,6 @@
 """Trains the small model of this Space, and lays out what app.py opens.
 
-    python spaces/drug_response/prepare.py                    # a minute on two CPU cores
+    python spaces/drug_response/prepare.py                    # a quarter of a minute on two CPU cores
     python spaces/drug_response/prepare.py --data l1000.h5ad --recipe train/recipes/finetune_drug_response_small.yaml
 
 Without a file the cells are real, the PBMCs that scanpy ships, and their responses simulated (`simulated_responses`).

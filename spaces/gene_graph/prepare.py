@@ -1,6 +1,6 @@
 """Trains the small model of this Space on the PBMCs that scanpy ships, and lays out what app.py opens.
 
-    python spaces/gene_graph/prepare.py                                # two minutes on two CPU cores
+    python spaces/gene_graph/prepare.py                                # a quarter of a minute on two CPU cores
     python spaces/gene_graph/prepare.py --edges STRING_OR_OTHER_FILE   # with a network of your own
 
 Without a file the network is one of co-expression: each gene with those that correlate most with it over the training

@@ -1,6 +1,6 @@
 """Trains the small model of this Space on the PBMCs that scanpy ships, and lays out what app.py opens.
 
-    python spaces/geneformer/prepare.py            # four minutes on two CPU cores
+    python spaces/geneformer/prepare.py            # three minutes on two CPU cores
 
 Needs `cellglot[train]`. The folder is a complete model directory, plus `about.json` and `examples.h5ad`.
 """

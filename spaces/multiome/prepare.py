@@ -1,6 +1,6 @@
 """Trains the small model of this Space, both directions, and lays out what app.py opens.
 
-    python spaces/multiome/prepare.py                                    # a minute on a CPU core
+    python spaces/multiome/prepare.py                                    # half a minute on a CPU core
     python spaces/multiome/prepare.py --rna rna.h5ad --atac atac.h5ad    # with real paired cells
 
 Without files, expression is that of the PBMCs that scanpy ships, and accessibility is simulated from it: peaks at
