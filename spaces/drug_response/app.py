@@ -92,6 +92,11 @@ class Space:
             return rows, np.flatnonzero(data.is_control & (data.cell_line == line))
         return rows, np.unique(np.concatenate([data.pairs.candidates(int(row)) for row in rows]))
 
+    def kept(self, own: ad.AnnData) -> ad.AnnData:
+        """What a session keeps of cells: those that may be asked for."""
+        chosen = np.unique(np.concatenate([cells_of(own, line) for line in self.lines]))
+        return sampled(own[chosen].copy(), len(chosen))
+
     def predict(
         self, drug: str, dose: str, line: str, structure: str, own: ad.AnnData | None, progress: Any
     ) -> tuple[str, Any, Any, Any]:
@@ -110,7 +115,7 @@ class Space:
             raise ValueError(f"Expected a cell type of the list, found {str(line)[:40]!r}. Choose one of it.")
         in_micromolar = float(micromolar(amount, unit)[0])
         rows, controls = self.measured(drug, line, in_micromolar)
-        start: Any = self.data.select(controls) if own is None else cells_of(own, line)
+        start: Any = self.data.select(controls) if own is None else own[cells_of(own, line)].copy()
         progress(0.2, desc=f"{drug} in {line}")
         options: dict[str, Any] = {"drug": drug, "dose": amount, "dose_unit": unit, "cell_line": line, "smiles": smiles}
         predicted = cellglot.predict_response(start, self.model, extractor, **options)
@@ -178,11 +183,11 @@ def parsed_dose(text: str) -> tuple[float, str]:
     return float(found[1]), found[2]
 
 
-def cells_of(own: ad.AnnData, line: str) -> ad.AnnData:
-    """The cells that a column of obs calls by the line, all where none does; MAX_CELLS at most."""
+def cells_of(own: ad.AnnData, line: str) -> np.ndarray:
+    """Positions of the cells that a column of obs calls by the line, of all where none does; MAX_CELLS at most."""
     named = [(own.obs[column].astype(str) == line).to_numpy() for column in own.obs]
     chosen = np.flatnonzero(next((of_line for of_line in named if of_line.any()), np.ones(own.n_obs, bool)))
-    return sampled(own[chosen], MAX_CELLS).copy()
+    return np.sort(np.random.default_rng(0).permutation(chosen)[:MAX_CELLS])
 
 
 def plot_changes(genes: np.ndarray, change: np.ndarray, truth: np.ndarray | None, *, title: str) -> Any:
@@ -226,7 +231,10 @@ def build(space: Space) -> gr.Blocks:
     def read_cells(path: str | None, progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008 (how Gradio asks for it)
         progress(0, desc="reading the file")
         own = uploaded_cells(path, read_upload)
-        yield own, f"**{own.n_obs:,} cells**, yours, are the controls now, those named as the type chosen if any is."
+        yield (
+            space.kept(own),
+            f"**{own.n_obs:,} cells**, yours, are the controls now, those named as the type chosen if any is.",
+        )
 
     @in_words
     def predict(

@@ -119,7 +119,7 @@ class Space:
         deadline.check()
         given = adata.obs["cell_type"].astype(str) if "cell_type" in adata.obs else [""] * adata.n_obs
         types = [kind if kind in self.rows else "" for kind in given]
-        ids_n = [np.asarray(ids) for ids in read["input_ids"]]
+        ids_n = [np.asarray(ids, np.int32) for ids in read["input_ids"]]
         # Each has a task token and an end token
         known = [i for i, ids in enumerate(ids_n) if len(ids) > 2]
         cells = Cells({str(adata.obs_names[i]): types[i] for i in known}, {"gex2atac": [ids_n[i] for i in known]}, {})

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from cellglot.serving import Limits, UploadError, read_upload, sampled
+from cellglot.serving import Limits, UploadError, read_upload, sampled, uploads
 
 CELLS, GENES = 23, 31
 
@@ -266,3 +266,15 @@ def test_a_sample_keeps_the_order_and_is_the_same_again() -> None:
     assert names == sorted(names, key=lambda name: int(name.removeprefix("cell")))
     assert len(names) == 7
     assert sampled(cells(), CELLS).n_obs == CELLS
+
+
+def test_a_sample_has_no_more_than_a_session_may_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = cells()
+    monkeypatch.setattr(uploads, "KEPT_VALUES", 100)
+    found = sampled(given, CELLS)
+    assert 0 < found.n_obs < CELLS
+    assert 100 - GENES < found.X.nnz <= 100
+    assert set(found.obs_names) < set(given.obs_names)
+    monkeypatch.setattr(uploads, "KEPT_TEXT", 1000)
+    with pytest.raises(UploadError, match="at most 0 MB are kept"):
+        sampled(given, 7)

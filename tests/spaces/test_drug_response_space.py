@@ -46,11 +46,15 @@ def test_by_clicks(space: Served, browser: Any, screenshots: Path, width: int, t
 def test_own_cells_and_nothing_kept(space: Served, tmp_path: Path) -> None:
     from gradio_client import handle_file
 
+    from cellglot.datasets_scripts.pbmc import pbmc_cells
+
+    n_dendritic = int((pbmc_cells()[:53].obs["cell_type"] == "Dendritic").sum())
+    assert 0 < n_dendritic < 53
     api = client(space)
     read = api.predict(handle_file(some_cells(53, tmp_path / "mine.h5ad")), api_name="/read_cells")
     assert "53 cells" in read
     said, changes, *_ = api.predict("simulated drug A", "10 uM", "Dendritic", "", api_name="/predict")
-    assert "of your cells" in said
+    assert f"from {n_dendritic} of your cells" in said
     assert changes
     assert not list(space.folder.rglob("*.h5ad"))
 

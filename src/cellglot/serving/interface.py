@@ -3,8 +3,10 @@
 import os
 from collections.abc import Callable, Iterator
 from functools import wraps
+from html import escape
 from pathlib import Path
 from threading import Thread
+from traceback import walk_tb
 from typing import Any
 
 from .deadline import TooSlow
@@ -16,19 +18,23 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 MAX_WAITING = 64
 MAX_SESSIONS = 64
-MAX_UPLOAD = "200mb"
-# Seconds between sweeps of uploaded and drawn files, and the age at which they go; a session's go when its page closes
-SWEEP, MAX_AGE = 600, 1800
+UPLOADS = "cellglot-uploads"
 # Of every event that runs the model: they take turns, whichever button they come from
 MODEL_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 CSS = ".gradio-container { max-width: 1100px !important; margin: 0 auto; }"
 
 
 def blocks(title: str) -> Any:
-    """An empty `gradio.Blocks` that sends nothing home and sweeps its files."""
-    import gradio as gr
+    """An empty `gradio.Blocks` that sends nothing home, with a folder for uploads that nothing else is kept in."""
+    from gradio.utils import get_upload_folder
 
-    return gr.Blocks(title=title, analytics_enabled=False, delete_cache=(SWEEP, MAX_AGE))
+    from .gate import GuardedBlocks
+
+    folder = Path(get_upload_folder())
+    if folder.name != UPLOADS:
+        # All in it that is old will be swept
+        os.environ["GRADIO_TEMP_DIR"] = str(folder / UPLOADS)
+    return GuardedBlocks(title=title, analytics_enabled=False)
 
 
 def launch(demo: Any, *, warm_up: Callable[[], Any] | None = None, **options: Any) -> Any:
@@ -38,19 +44,28 @@ def launch(demo: Any, *, warm_up: Callable[[], Any] | None = None, **options: An
     options  further ones of `Blocks.launch`
     """
     from gradio.themes import Soft
+    from starlette.middleware import Middleware
+
+    from .gate import MAX_UPLOAD, Gate, guard_queue, sweep_regularly
 
     if warm_up is not None:
         Thread(target=warm_up, daemon=True).start()
-    demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    # A closed API is still there for gradio_client, which queues
+    demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
+    guard_queue(demo._queue)
+    Thread(target=sweep_regularly, args=[demo._queue], daemon=True).start()
     settings: dict[str, Any] = {
         "theme": Soft(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         "css": CSS,
         "max_file_size": MAX_UPLOAD,
-        "show_error": True,
+        "app_kwargs": {"middleware": [Middleware(Gate)]},
+        # Errors in words are shown all the same
+        "show_error": False,
         "state_session_capacity": MAX_SESSIONS,
         "share": False,
         "ssr_mode": False,
         "enable_monitoring": False,
+        "run_history": False,
         "mcp_server": False,
         "footer_links": ["api"],
     }
@@ -75,31 +90,44 @@ def choose_cells(examples: str, label: str = "Your cells (.h5ad, raw counts)") -
 
 
 def in_words(event: Callable[..., Any]) -> Callable[..., Any]:
-    """The event handler, with errors that people can mend shown to them, and others without details of the machine."""
+    """The event handler, with errors that people can mend shown to them; of others `blocks` says that there was one."""
     import gradio as gr
 
     @wraps(event)
     def handler(*arguments: Any, **options: Any) -> Iterator[Any]:
         try:
             yield from event(*arguments, **options)
-        except (UploadError, TooSlow, gr.Error) as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        except ValueError as error:
-            # cellglot's errors for a user's input
-            raise gr.Error(str(error)[:600], print_exception=False) from None
+        except gr.Error:
+            raise
+        except (TooSlow, ValueError) as error:
+            # Those of other packages are not written for visitors
+            if not raised_by(error, "cellglot", event.__module__):
+                raise
+            # Shown as HTML
+            raise gr.Error(escape(str(error)[:600], quote=False), print_exception=False) from None
 
     return handler
+
+
+def raised_by(error: BaseException, *packages: str) -> bool:
+    """Whether code of one of the packages raised the error, rather than what it called."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    name = frame.f_globals.get("__name__", "")
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 def uploaded_cells(path: str | None, read: Callable[[Path], Any]) -> Any:
     """What `read` gives for an uploaded file, which is removed at once.
 
-    Raises  UploadError if there is none, or the path is not one that Gradio put an upload at
+    Raises  UploadError if there is none, or the path does not lie among the uploads
     """
-    from gradio.utils import get_upload_folder
+    from .gate import is_upload
 
-    if not path or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
-        raise UploadError("Expected an .h5ad file, found none. Choose a file and wait until it is uploaded.")
+    if not path or not is_upload(path) or not os.path.isfile(path):
+        raise UploadError(
+            "Expected an .h5ad file, found none. Choose a file and wait until it is uploaded; one that was analysed is "
+            "removed, so choose it again."
+        )
     try:
         return read(Path(path))
     finally:

@@ -12,6 +12,8 @@ import numpy as np
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 READER = Path(__file__).with_name("untrusted_h5ad.py")
+# Of the cells of a session, 64 of which are kept: values that are not 0 (8 bytes each), and bytes of obs and var
+KEPT_VALUES, KEPT_TEXT = 8_000_000, 40_000_000
 
 
 class UploadError(ValueError):
@@ -62,10 +64,24 @@ def read_upload(path: str | Path, limits: Limits = Limits()) -> Any:
 
 
 def sampled(adata: Any, n_cells: int) -> Any:
-    """The cells, or a copy of `n_cells` of them, drawn at random, in their order; the same each time."""
-    if adata.n_obs <= n_cells:
-        return adata
-    return adata[np.sort(np.random.default_rng(0).choice(adata.n_obs, n_cells, replace=False))].copy()
+    """The cells, or a copy of `n_cells` of them, drawn at random, in their order; the same each time.
+
+    As a session may keep what this returns, it has fewer cells where those have more than KEPT_VALUES values.
+    Raises  UploadError if its tables take more than KEPT_TEXT
+    """
+    import scipy.sparse as sp
+
+    n_values = sp.csr_matrix(adata.X).getnnz(axis=1)
+    if adata.n_obs > n_cells or n_values.sum() > KEPT_VALUES:
+        chosen = np.random.default_rng(0).choice(adata.n_obs, min(n_cells, adata.n_obs), replace=False)
+        adata = adata[np.sort(chosen[np.cumsum(n_values[chosen]) <= KEPT_VALUES])].copy()
+    text = sum(int(table.memory_usage(deep=True).sum()) for table in (adata.obs, adata.var))
+    if text > KEPT_TEXT:
+        raise UploadError(
+            f"The names and columns of obs and var take {text / 1e6:,.0f} MB; at most {KEPT_TEXT / 1e6:,.0f} MB are "
+            "kept. Leave out the columns that hold neither types nor names of genes, or genes."
+        )
+    return adata
 
 
 def counted(n: int, n_given: int) -> str:
