@@ -48,14 +48,12 @@ EXAMPLES = (("MS4A1", "delete"), ("NKG7", "overexpress"), ("CD79A", "delete"))
 class Cells:
     """What a session keeps.
 
-    adata    raw counts, and obs["type"] as predicted
-    genes    those that can be perturbed: what the user calls it -> the name in the file that the model knows
-    figures  map and types
+    adata  raw counts, and obs["type"] as predicted
+    genes  those that can be perturbed: what the user calls it -> the name in the file that the model knows
     """
 
     adata: ad.AnnData
     genes: dict[str, str]
-    figures: tuple[Any, Any]
 
 
 class Space:
@@ -68,16 +66,16 @@ class Space:
         self.model = cellglot.GeneformerForSequenceClassification.from_pretrained(folder).eval()
         self.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self._examples = ad.read_h5ad(folder / "examples.h5ad")
-        self._analysed: Cells | None = None
+        self._analysed: tuple[Cells, Any, Any] | None = None
 
-    def examples(self, progress: Any) -> Cells:
+    def examples(self, progress: Any) -> tuple[Cells, Any, Any]:
         """The built-in cells, analysed for whoever asks first."""
         if self._analysed is None:
             self._analysed = self.analyse(self._examples, progress)
         return self._analysed
 
-    def analyse(self, adata: ad.AnnData, progress: Any) -> Cells:
-        """Types and map of the cells, or of a sample of MAX_CELLS."""
+    def analyse(self, adata: ad.AnnData, progress: Any) -> tuple[Cells, Any, Any]:
+        """The cells, or a sample of MAX_CELLS, with their types; figures of their map and of the types."""
         deadline = Deadline(SECONDS)
         adata = sampled(adata, MAX_CELLS)
         parts = []
@@ -96,11 +94,11 @@ class Space:
         progress(0.85, desc="drawing the map")
         xy = umap_coordinates(embeddings[known])
         counts = adata.obs["type"].value_counts()
-        figures = (
+        return (
+            Cells(adata, self._perturbable(adata)),
             plot_cells(xy, adata.obs["type"].tolist(), title="Cells by their embedding (UMAP)"),
             plot_bars(list(counts.index), counts, title="Predicted types", axis="cells"),
         )
-        return Cells(adata, self._perturbable(adata), figures)
 
     def _perturbable(self, adata: ad.AnnData) -> dict[str, str]:
         columns = {name: adata.var[name].astype(str) for name in adata.var if adata.var[name].dtype == object}
@@ -203,16 +201,16 @@ def build(space: Space) -> gr.Blocks:
     """The page."""
     held_out = space.about["held_out"]
 
-    def shown(cells: Cells, whose: str, n_given: int) -> tuple[Any, ...]:
+    def shown(analysed: tuple[Cells, Any, Any], whose: str, n_given: int | None = None) -> tuple[Any, ...]:
+        cells, *figures = analysed
         n, genes = cells.adata.n_obs, list(cells.genes)
-        said = f"{counted(n, n_given)}, {whose}. {len(genes):,} of their genes can be perturbed."
+        said = f"{counted(n, n_given or n)}, {whose}. {len(genes):,} of their genes can be perturbed."
         first = next((gene for gene, _ in EXAMPLES if gene in cells.genes), next(iter(genes), None))
-        return cells, said, *cells.figures, gr.Dropdown(choices=genes, value=first), gr.Column(visible=True)
+        return cells, said, *figures, gr.Dropdown(choices=genes, value=first), gr.Column(visible=True)
 
     @in_words
     def analyse_examples(progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008 (how Gradio asks for it)
-        cells = space.examples(progress)
-        yield shown(cells, "built in", cells.adata.n_obs)
+        yield shown(space.examples(progress), "built in")
 
     @in_words
     def analyse(path: str | None, progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008
