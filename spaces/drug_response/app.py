@@ -289,7 +289,7 @@ def build(space: Space) -> gr.Blocks:
                 scatter = gr.Plot(show_label=False, min_width=300)
         rest = ", ".join(f"{name} {value:.2f}" for name, value in figures.items() if name != "this model")
         gr.Markdown(
-            f"A small model of few cells: on {held_out['n']} responses it was not trained on, predicted and measured "
+            f"A small model of few cells: on responses it was not trained on ({held_out['n']}), predicted and measured "
             f"change correlate at {figures['this model']:.2f} (Pearson, mean over responses), those of the simplest "
             f"predictions at: {rest}. *Additive* is the drug's mean effect in other types, *treated mean* the mean of "
             "all treated cells of the type. On real data models like this one do not tell unseen drugs apart. Files "

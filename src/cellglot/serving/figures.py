@@ -37,6 +37,12 @@ def finished(ax: Any) -> Any:
     return ax.figure
 
 
+def cut(name: object, length: int) -> str:
+    """A name that fits beside its bar."""
+    text = str(name)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def plot_bars(names: Sequence[str], values: Any, *, title: str, axis: str, marked: Sequence[str] = ()) -> Any:
     """Figure of one horizontal bar a name, the first on top; those of `marked` stand out.
 
@@ -46,7 +52,7 @@ def plot_bars(names: Sequence[str], values: Any, *, title: str, axis: str, marke
     ax = new_axes(0.9 + 0.26 * max(len(names), 2), title)
     colours = [ACCENT if name in marked or not marked else REST for name in names]
     ax.barh(np.arange(len(names)), np.asarray(values, float), color=colours)
-    ax.set_yticks(np.arange(len(names)), [str(name)[:32] for name in names], fontsize=9)
+    ax.set_yticks(np.arange(len(names)), [cut(name, 32) for name in names], fontsize=9)
     ax.invert_yaxis()
     ax.set_xlabel(axis, fontsize=9)
     return finished(ax)
@@ -72,7 +78,7 @@ def plot_cells(xy: np.ndarray, labels: Sequence[str], *, title: str, colours: Ma
             s=float(np.clip(6000 / len(xy), 3, 14)),
             linewidths=0,
             color=palette(i % 20) if colours is None else colours[name],
-            label=f"{name[:26]} ({len(chosen)})",
+            label=f"{cut(name, 26)} ({len(chosen)})",
         )
     ax.set(xticks=[], yticks=[])
     legend = ax.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
@@ -90,8 +96,8 @@ def plot_matrix(values_rc: Any, rows: Sequence[str], columns: Sequence[str], *, 
     values_rc = np.asarray(values_rc, float)
     ax = new_axes(1.6 + 0.34 * len(rows), title)
     image = ax.imshow(values_rc, aspect="auto", cmap="viridis")
-    ax.set_yticks(np.arange(len(rows)), [str(name)[:24] for name in rows], fontsize=8)
-    ax.set_xticks(np.arange(len(columns)), [str(name)[:24] for name in columns], fontsize=8, rotation=40, ha="right")
+    ax.set_yticks(np.arange(len(rows)), [cut(name, 24) for name in rows], fontsize=8)
+    ax.set_xticks(np.arange(len(columns)), [cut(name, 24) for name in columns], fontsize=8, rotation=40, ha="right")
     ax.figure.colorbar(image, ax=ax, label=bar, shrink=0.8).ax.tick_params(colors=GREY, labelsize=8)
     figure = finished(ax)
     if values_rc.size <= 80:
