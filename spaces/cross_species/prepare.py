@@ -10,8 +10,6 @@ that nothing was fitted to marked `held_out`) and `orthologs.csv`.
 
 import argparse
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import scipy.sparse as sp
 
 from cellglot import PCAProjectionFeatureExtractor
 from cellglot.datasets_scripts.pbmc import pbmc_cells
+from cellglot.serving import keep, preparing
 from cellglot.train import align, pretrain
 from cellglot.train.ortholog_table import read_orthologs, shared_genes
 from cellglot.train.splits import held_out
@@ -88,8 +87,7 @@ def main() -> None:
     files = (options.human, options.mouse, options.orthologs)
     if any(files) and not all(files):
         parser.error("--human, --mouse and --orthologs belong together")
-    with tempfile.TemporaryDirectory(dir=HERE) as folder:
-        work = Path(folder)
+    with preparing(options.output) as work:
         if all(files):
             human, mouse = (read_cells(path, options.cell_type) for path in files[:2])
             orthologs, told = options.orthologs, {"human": options.human.name, "mouse": options.mouse.name}
@@ -118,8 +116,7 @@ def main() -> None:
         mouse.write_h5ad(bundle / "mouse.h5ad", compression="gzip")
         shared_table(orthologs, bundle).to_csv(bundle / "orthologs.csv", index=False)
         (bundle / "about.json").write_text(json.dumps(told, indent=2))
-        shutil.rmtree(options.output, ignore_errors=True)
-        bundle.replace(options.output)
+        keep(bundle, options.output)
     print(f"Start the Space: python {HERE / 'app.py'}")
 
 

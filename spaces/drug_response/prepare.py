@@ -11,8 +11,6 @@ plus `about.json` and `responses.h5ad`.
 import argparse
 import dataclasses
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from cellglot import DrugResponseForConditionalGeneration, ExpressionFeatureExtr
 from cellglot.datasets_scripts.pbmc import pbmc_cells
 from cellglot.drug_response import ResponseSplit
 from cellglot.drug_response.data import TREATMENT
+from cellglot.serving import keep, preparing
 from cellglot.train import finetune
 from cellglot.train.config import parse_config
 from cellglot.train.finetune_drug_response import DrugResponseFinetuneConfig, held_out_figures, make_split, read_data
@@ -106,8 +105,8 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, help="fewer make a quicker, worse model")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=HERE) as work:
-        source = options.data or Path(work) / "training.h5ad"
+    with preparing(options.output) as work:
+        source = options.data or work / "training.h5ad"
         arguments = ["--method", "drug_response", "--recipe", str(options.recipe), "--data", str(source)]
         arguments += ["--output", f"{work}/run", *(["--epochs", str(options.epochs)] if options.epochs else [])]
         if options.data is None:
@@ -122,7 +121,7 @@ def main() -> None:
             data = read_data(config)
             split = make_split(config, data)
         finetune.main(arguments)
-        bundle = Path(work) / "run" / "model"
+        bundle = work / "run" / "model"
         model = DrugResponseForConditionalGeneration.from_pretrained(bundle).eval()
         extractor = ExpressionFeatureExtractor.from_pretrained(bundle)
         rows = held_out_figures(model, extractor, data, split)
@@ -144,8 +143,7 @@ def main() -> None:
             },
         }
         (bundle / "about.json").write_text(json.dumps(about, indent=2))
-        shutil.rmtree(options.output, ignore_errors=True)
-        bundle.replace(options.output)
+        keep(bundle, options.output)
     print(f"Start the Space: python {HERE / 'app.py'}")
 
 

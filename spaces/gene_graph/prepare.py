@@ -9,8 +9,6 @@ cells. Needs `cellglot[train]`. The folder is a complete model directory, plus `
 
 import argparse
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from cellglot.datasets_scripts.pbmc import pbmc_cells
+from cellglot.serving import keep, preparing
 from cellglot.train import finetune, pretrain
 
 HERE = Path(__file__).parent
@@ -48,10 +47,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="of each training; fewer make a quicker, worse model")
     options = parser.parse_args()
     cells = pbmc_cells()
-    with tempfile.TemporaryDirectory(dir=HERE) as work:
+    with preparing(options.output) as work:
         edges = options.edges
         if edges is None:
-            edges = Path(work) / "coexpression.tsv"
+            edges = work / "coexpression.tsv"
             coexpression(cells[~cells.obs["held_out"]]).to_csv(edges, sep="\t", index=False)
         epochs = ["--epochs", str(options.epochs)] if options.epochs else []
         first, second = f"{work}/autoencoder", f"{work}/cell-types"
@@ -73,8 +72,7 @@ def main() -> None:
             },
         }
         (bundle / "about.json").write_text(json.dumps(about, indent=2))
-        shutil.rmtree(options.output, ignore_errors=True)
-        bundle.replace(options.output)
+        keep(bundle, options.output)
     print(f"Start the Space: python {HERE / 'app.py'}")
 
 

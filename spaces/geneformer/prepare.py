@@ -7,11 +7,10 @@ Needs `cellglot[train]`. The folder is a complete model directory, plus `about.j
 
 import argparse
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 from cellglot.datasets_scripts.pbmc import pbmc_cells
+from cellglot.serving import keep, preparing
 from cellglot.train import finetune, pretrain
 
 HERE = Path(__file__).parent
@@ -24,7 +23,7 @@ def main() -> None:
     parser.add_argument("--pretrain-epochs", type=int, help="fewer make a quicker, worse model")
     parser.add_argument("--finetune-epochs", type=int)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=HERE) as work:
+    with preparing(options.output) as work:
         first, second = f"{work}/pretrained", f"{work}/cell-types"
         epochs = ["--epochs", str(options.pretrain_epochs)] if options.pretrain_epochs else []
         pretrain.main(["--output", first, *epochs])
@@ -42,8 +41,7 @@ def main() -> None:
             },
         }
         (bundle / "about.json").write_text(json.dumps(about, indent=2))
-        shutil.rmtree(options.output, ignore_errors=True)
-        bundle.replace(options.output)
+        keep(bundle, options.output)
     print(f"Start the Space: python {HERE / 'app.py'}")
 
 

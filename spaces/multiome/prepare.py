@@ -10,8 +10,6 @@ folder is a complete model directory, plus `about.json`, `frequencies.npz`, and 
 
 import argparse
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import torch
 import cellglot
 from cellglot.datasets_scripts.pbmc import pbmc_cells
 from cellglot.metrics.feature_prediction import ranking_metrics
+from cellglot.serving import keep, preparing
 from cellglot.tokenization.binarized_string import TASKS
 from cellglot.train import pretrain
 from cellglot.train.splits import held_out
@@ -124,14 +123,14 @@ def main() -> None:
     everything = np.ones(rna.n_obs, dtype=bool)
     test = held_out(np.full(rna.n_obs, ""), 0.15, groups=groups, among=everything) if real else rna.obs["held_out"]
     test, types = np.asarray(test), rna.obs.get("cell_type", pd.Series("", rna.obs_names)).astype(str).to_numpy(str)
-    with tempfile.TemporaryDirectory(dir=HERE) as work:
+    with preparing(options.output) as work:
         files = [f"{work}/rna.h5ad", f"{work}/atac.h5ad"]
         for adata, path in zip((rna, atac), files, strict=True):
             adata[~test].copy().write_h5ad(path)
         # On so few cells a second thread mostly waits
         training = f"--epochs {options.epochs} --learning_rate 1e-3 --min_cells 10 --cpu_threads 1".split()
         pretrain.main(["--recipe", str(RECIPE), "--cells", *files, "--output", f"{work}/run", *training])
-        bundle = Path(work) / "run" / "model"
+        bundle = work / "run" / "model"
         chosen = np.random.default_rng(0).permutation(np.flatnonzero(test))[:MAX_MEASURED]
         tables, figures = measured(bundle, (rna, atac), types, ~test, chosen)
         np.savez(bundle / "frequencies.npz", allow_pickle=False, **tables)
@@ -148,8 +147,7 @@ def main() -> None:
         }
         (bundle / "about.json").write_text(json.dumps(about, indent=2))
         print(json.dumps(about["held_out"], indent=2))
-        shutil.rmtree(options.output, ignore_errors=True)
-        bundle.replace(options.output)
+        keep(bundle, options.output)
     print(f"Start the Space: python {HERE / 'app.py'}")
 
 

@@ -132,23 +132,3 @@ def uploaded_cells(path: str | None, read: Callable[[Path], Any]) -> Any:
         return read(Path(path))
     finally:
         Path(path).unlink(missing_ok=True)
-
-
-def bundle(default: Path) -> Path:
-    """The folder of a Space's model and example cells.
-
-    default  where the Space's prepare.py leaves it; CELLGLOT_SPACE_MODEL names another folder, or a repository
-    Raises   SystemExit if it is not there
-    """
-    name = os.environ.get("CELLGLOT_SPACE_MODEL")
-    if name and not Path(name).is_dir():
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name))
-    folder = Path(name or default)
-    if not (folder / "about.json").is_file():
-        raise SystemExit(
-            f"Expected a model in {folder}, found none. Train one with `python {folder.parent / 'prepare.py'}`, or set "
-            "CELLGLOT_SPACE_MODEL to the folder or the repository of one."
-        )
-    return folder
