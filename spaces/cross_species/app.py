@@ -21,14 +21,16 @@ import cellglot
 from cellglot.metrics.label_transfer import label_transfer
 from cellglot.metrics.wasserstein import wasserstein_matrix
 from cellglot.serving import (
-    MODEL_QUEUE,
+    STATUS_HEIGHT,
     Deadline,
     blocks,
     bundle,
     choose_cells,
     counted,
+    forget,
     in_words,
     launch,
+    model_queue,
     name_genes,
     read_upload,
     sampled,
@@ -227,7 +229,7 @@ def build(space: Space) -> gr.Blocks:
         session = gr.State(time_to_live=1800)
         examples = f"Human: {space.about['human']}. Mouse: {space.about['mouse']}."
         from_examples, file, from_file = choose_cells(examples, "Mouse cells (.h5ad, raw counts)")
-        read = gr.Markdown()
+        read = gr.Markdown(min_height=STATUS_HEIGHT)
         with gr.Column(visible=False) as results:
             with gr.Row():
                 by_species = gr.Plot(show_label=False, min_width=300)
@@ -236,7 +238,7 @@ def build(space: Space) -> gr.Blocks:
                 translated = gr.Plot(show_label=False, min_width=300)
                 renamed = gr.Plot(show_label=False, min_width=300)
             label = gr.Dropdown(label="Mouse type to look at", choices=[], allow_custom_value=True)
-            said = gr.Markdown()
+            said = gr.Markdown(min_height=STATUS_HEIGHT)
             with gr.Row():
                 near = gr.Plot(show_label=False, min_width=300)
                 genes = gr.Plot(show_label=False, min_width=300)
@@ -248,9 +250,10 @@ def build(space: Space) -> gr.Blocks:
         )
         figures = [by_species, by_type, translated, renamed]
         outputs = [session, read, *figures, label, said, near, genes, results]
-        from_examples.click(analyse_examples, None, outputs, api_name="analyse_examples", **MODEL_QUEUE)
-        from_file.click(analyse, file, outputs, api_name="analyse", **MODEL_QUEUE)
-        label.input(look_at, [session, label], [said, near, genes], api_name="look_at", **MODEL_QUEUE)
+        from_examples.click(analyse_examples, None, outputs, api_name="analyse_examples", **model_queue(read))
+        own = from_file.click(analyse, file, outputs, api_name="analyse", **model_queue(read))
+        forget(file, after=own)
+        label.input(look_at, [session, label], [said, near, genes], api_name="look_at", **model_queue(said))
     return demo
 
 

@@ -23,12 +23,14 @@ import cellglot
 from cellglot.drug_response.baselines import Additive, TreatedMean
 from cellglot.metrics.response import correlation
 from cellglot.serving import (
-    MODEL_QUEUE,
+    STATUS_HEIGHT,
     Deadline,
     blocks,
     bundle,
+    forget,
     in_words,
     launch,
+    model_queue,
     read_upload,
     sampled,
     uploaded_cells,
@@ -246,7 +248,7 @@ def build(space: Space) -> gr.Blocks:
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[Any]:
         said, changes, scatter, scores = space.predict(drug, dose, line, structure, own, progress)
-        yield said, changes, gr.Plot(scatter, visible=scatter is not None), scores, gr.Column(visible=True)
+        yield said, changes, gr.Plot(scatter, visible=scatter is not None), scores, gr.Row(visible=True)
 
     with blocks("Drug response: what a drug does to which genes") as demo:
         gr.Markdown(
@@ -278,15 +280,13 @@ def build(space: Space) -> gr.Blocks:
         with gr.Accordion("Control cells of your own", open=False, visible=space.extractor.target_sum is not None):
             file = gr.File(label="Untreated cells (.h5ad, raw counts)", file_types=[".h5ad"], height=165)
             from_file = gr.Button("Use my cells")
-            read = gr.Markdown()
-        with gr.Column(visible=False) as results:
-            with gr.Row():
-                with gr.Column(min_width=300):
-                    said = gr.Markdown()
-                scores = gr.Plot(show_label=False, min_width=300)
-            with gr.Row():
-                changes = gr.Plot(show_label=False, min_width=300)
-                scatter = gr.Plot(show_label=False, min_width=300)
+            read = gr.Markdown(min_height=STATUS_HEIGHT)
+        said = gr.Markdown(min_height=STATUS_HEIGHT)
+        with gr.Row(visible=False) as results:
+            changes = gr.Plot(show_label=False, min_width=300)
+            with gr.Column(min_width=300):
+                scores = gr.Plot(show_label=False)
+                scatter = gr.Plot(show_label=False)
         rest = ", ".join(f"{name} {value:.2f}" for name, value in figures.items() if name != "this model")
         gr.Markdown(
             f"A small model of few cells: on responses it was not trained on ({held_out['n']}), predicted and measured "
@@ -295,12 +295,13 @@ def build(space: Space) -> gr.Blocks:
             "all treated cells of the type. On real data models like this one do not tell unseen drugs apart. Files "
             "are removed as soon as they are read."
         )
-        from_file.click(read_cells, file, [session, read], api_name="read_cells", **MODEL_QUEUE)
+        own = from_file.click(read_cells, file, [session, read], api_name="read_cells", **model_queue(read))
+        forget(file, after=own)
         asked, outputs = [drug, dose, line, structure, session], [said, changes, scatter, scores, results]
-        go.click(predict, asked, outputs, api_name="predict", **MODEL_QUEUE)
+        go.click(predict, asked, outputs, api_name="predict", **model_queue(said))
         for button, values in examples:
             filled = button.click(lambda values=values: values, None, asked[:4], api_visibility="private")
-            filled.then(predict, asked, outputs, api_visibility="private", **MODEL_QUEUE)
+            filled.then(predict, asked, outputs, api_visibility="private", **model_queue(said))
     return demo
 
 

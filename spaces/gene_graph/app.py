@@ -19,14 +19,16 @@ import pandas as pd
 import cellglot
 from cellglot.gene_graph import GeneNames
 from cellglot.serving import (
-    MODEL_QUEUE,
+    STATUS_HEIGHT,
     Deadline,
     blocks,
     bundle,
     choose_cells,
     counted,
+    forget,
     in_words,
     launch,
+    model_queue,
     name_genes,
     read_upload,
     sampled,
@@ -131,13 +133,13 @@ def build(space: Space) -> gr.Blocks:
         )
         session = gr.State(time_to_live=1800)
         from_examples, file, from_file = choose_cells(space.about["examples"])
-        read = gr.Markdown()
+        read = gr.Markdown(min_height=STATUS_HEIGHT)
         with gr.Column(visible=False) as results:
             with gr.Row():
                 types = gr.Plot(show_label=False, min_width=300)
                 with gr.Column(min_width=300):
                     label = gr.Dropdown(label="Type to explain", choices=[], allow_custom_value=True)
-                    said = gr.Markdown()
+                    said = gr.Markdown(min_height=STATUS_HEIGHT)
             with gr.Row():
                 genes = gr.Plot(show_label=False, min_width=300)
                 network = gr.Plot(show_label=False, min_width=300)
@@ -149,9 +151,10 @@ def build(space: Space) -> gr.Blocks:
             "they are read."
         )
         outputs = [session, read, types, label, said, genes, network, results]
-        from_examples.click(analyse_examples, None, outputs, api_name="analyse_examples", **MODEL_QUEUE)
-        from_file.click(analyse, file, outputs, api_name="analyse", **MODEL_QUEUE)
-        label.input(explain, [session, label], [said, genes, network], api_name="explain", **MODEL_QUEUE)
+        from_examples.click(analyse_examples, None, outputs, api_name="analyse_examples", **model_queue(read))
+        own = from_file.click(analyse, file, outputs, api_name="analyse", **model_queue(read))
+        forget(file, after=own)
+        label.input(explain, [session, label], [said, genes, network], api_name="explain", **model_queue(said))
     return demo
 
 

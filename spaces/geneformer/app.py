@@ -20,14 +20,16 @@ import pandas as pd
 import cellglot
 from cellglot.figures import umap_coordinates
 from cellglot.serving import (
-    MODEL_QUEUE,
+    STATUS_HEIGHT,
     Deadline,
     blocks,
     bundle,
     choose_cells,
     counted,
+    forget,
     in_words,
     launch,
+    model_queue,
     read_upload,
     sampled,
     uploaded_cells,
@@ -237,7 +239,7 @@ def build(space: Space) -> gr.Blocks:
         )
         session = gr.State(time_to_live=1800)
         from_examples, file, from_file = choose_cells(space.about["examples"])
-        said = gr.Markdown()
+        said = gr.Markdown(min_height=STATUS_HEIGHT)
         with gr.Column(visible=False) as results:
             with gr.Row():
                 cell_map = gr.Plot(show_label=False, min_width=300)
@@ -252,7 +254,7 @@ def build(space: Space) -> gr.Blocks:
                     (gr.Button(f"Try: {does} {name}", size="sm", min_width=120), (name, does))
                     for name, does in EXAMPLES
                 ]
-            perturbed = gr.Markdown()
+            perturbed = gr.Markdown(min_height=STATUS_HEIGHT)
             with gr.Row():
                 by_type = gr.Plot(show_label=False, min_width=300)
                 among = gr.Plot(show_label=False, min_width=300)
@@ -264,13 +266,14 @@ def build(space: Space) -> gr.Blocks:
             "Shift is 1 - cosine similarity of embeddings before and after. Files are removed as soon as they are read."
         )
         outputs = [session, said, cell_map, type_bars, gene, results]
-        from_examples.click(analyse_examples, None, outputs, api_name="analyse_examples", **MODEL_QUEUE)
-        from_file.click(analyse, file, outputs, api_name="analyse", **MODEL_QUEUE)
+        from_examples.click(analyse_examples, None, outputs, api_name="analyse_examples", **model_queue(said))
+        own = from_file.click(analyse, file, outputs, api_name="analyse", **model_queue(said))
+        forget(file, after=own)
         asked, drawn = [session, gene, kind], [perturbed, by_type, among, affected]
-        go.click(perturb, asked, drawn, api_name="perturb", **MODEL_QUEUE)
+        go.click(perturb, asked, drawn, api_name="perturb", **model_queue(perturbed))
         for button, values in tries:
             filled = button.click(lambda values=values: values, None, asked[1:], api_visibility="private")
-            filled.then(perturb, asked, drawn, api_visibility="private", **MODEL_QUEUE)
+            filled.then(perturb, asked, drawn, api_visibility="private", **model_queue(perturbed))
     return demo
 
 

@@ -20,14 +20,16 @@ import torch
 
 import cellglot
 from cellglot.serving import (
-    MODEL_QUEUE,
+    STATUS_HEIGHT,
     Deadline,
     blocks,
     bundle,
     choose_cells,
     counted,
+    forget,
     in_words,
     launch,
+    model_queue,
     name_genes,
     read_upload,
     sampled,
@@ -210,12 +212,12 @@ def build(space: Space) -> gr.Blocks:
         )
         session = gr.State(time_to_live=1800)
         from_examples, file, from_file = choose_cells(space.about["examples"])
-        read = gr.Markdown()
+        read = gr.Markdown(min_height=STATUS_HEIGHT)
         with gr.Column(visible=False) as results:
             with gr.Row():
                 cell = gr.Dropdown(label="Cell", choices=[], allow_custom_value=True, min_width=240)
                 direction = gr.Radio(list(TASK), value="peaks from genes", label="Predict", min_width=240)
-            said = gr.Markdown()
+            said = gr.Markdown(min_height=STATUS_HEIGHT)
             with gr.Row():
                 top = gr.Plot(show_label=False, min_width=300)
                 with gr.Column(min_width=300):
@@ -231,11 +233,12 @@ def build(space: Space) -> gr.Blocks:
         )
         drawn = [said, top, hits, rising]
         outputs = [session, read, cell, direction, *drawn, results]
-        from_examples.click(analyse_examples, None, outputs, api_name="analyse_examples", **MODEL_QUEUE)
-        from_file.click(analyse, file, outputs, api_name="analyse", **MODEL_QUEUE)
+        from_examples.click(analyse_examples, None, outputs, api_name="analyse_examples", **model_queue(read))
+        own = from_file.click(analyse, file, outputs, api_name="analyse", **model_queue(read))
+        forget(file, after=own)
         picked: Any = [cell.input, direction.input]
         # The last choice counts, also one that is made while another is drawn
-        options: Any = {"api_name": "predict", "trigger_mode": "always_last", **MODEL_QUEUE}
+        options: Any = {"api_name": "predict", "trigger_mode": "always_last", **model_queue(said)}
         gr.on(picked, predict, [session, cell, direction], drawn, **options)
     return demo
 

@@ -19,7 +19,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from cellglot.serving import MODEL_QUEUE, TooSlow, UploadError, blocks, gate, in_words, launch, uploaded_cells
+from cellglot.serving import TooSlow, UploadError, blocks, gate, in_words, launch, model_queue, uploaded_cells
 from cellglot.serving.interface import UPLOADS
 
 SECRET = "what only the server should read"
@@ -129,10 +129,10 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
 
         with blocks("Tiny") as demo:
             kept, file, word, said = gr.State(time_to_live=60), gr.File(file_types=[".h5ad"]), gr.Textbox(), gr.Text()
-            gr.Button().click(analyse, file, [kept, said], api_name="analyse", **MODEL_QUEUE)
-            gr.Button().click(look, [kept, word], said, api_name="look", **MODEL_QUEUE)
-            gr.Button().click(fail, word, said, api_name="fail", **MODEL_QUEUE)
-            gr.Button().click(wait, word, said, api_name="wait", **MODEL_QUEUE)
+            gr.Button().click(analyse, file, [kept, said], api_name="analyse", **model_queue(said))
+            gr.Button().click(look, [kept, word], said, api_name="look", **model_queue(said))
+            gr.Button().click(fail, word, said, api_name="fail", **model_queue(said))
+            gr.Button().click(wait, word, said, api_name="wait", **model_queue(said))
         launch(
             demo,
             prevent_thread_lock=True,

@@ -36,6 +36,25 @@ def test_by_clicks(space: Served, browser: Any, screenshots: Path, width: int, t
     assert min(figures) > 200
 
 
+@pytest.mark.browser
+def test_an_uploaded_file_leaves_its_box_and_an_error_leaves_the_results(
+    space: Served, browser: Any, tmp_path: Path
+) -> None:
+    with opened(space, browser, 1200, "light") as page:
+        page.set_input_files("input[type=file]", some_cells(53, tmp_path / "mine.h5ad"))
+        page.get_by_text("mine").first.wait_for()
+        page.get_by_role("button", name="Analyse my cells").click()
+        page.get_by_text("53 cells").wait_for(timeout=90_000)
+        page.get_by_text("Drop File Here").wait_for()
+        page.wait_for_timeout(500)
+        before = drawn_figures(page)
+        page.get_by_role("button", name="Analyse my cells").click()
+        page.get_by_text("Expected an .h5ad file, found none").wait_for()
+        assert drawn_figures(page) == before
+        assert page.get_by_text("53 cells").is_visible()
+    assert len(before) == 3
+
+
 def test_upload_explain_and_nothing_kept(space: Served, tmp_path: Path) -> None:
     from gradio_client import handle_file
 

@@ -3,11 +3,11 @@
 from .bundles import bundle, keep, preparing
 from .deadline import Deadline, TooSlow
 from .genes import name_genes
-from .interface import MODEL_QUEUE, blocks, choose_cells, in_words, launch, uploaded_cells
+from .interface import STATUS_HEIGHT, blocks, choose_cells, forget, in_words, launch, model_queue, uploaded_cells
 from .uploads import Limits, UploadError, counted, read_upload, sampled
 
 __all__ = [
-    "MODEL_QUEUE",
+    "STATUS_HEIGHT",
     "Deadline",
     "Limits",
     "TooSlow",
@@ -16,9 +16,11 @@ __all__ = [
     "bundle",
     "choose_cells",
     "counted",
+    "forget",
     "in_words",
     "keep",
     "launch",
+    "model_queue",
     "name_genes",
     "preparing",
     "read_upload",

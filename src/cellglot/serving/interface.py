@@ -19,8 +19,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 MAX_WAITING = 64
 MAX_SESSIONS = 64
 UPLOADS = "cellglot-uploads"
-# Of every event that runs the model: they take turns, whichever button they come from
-MODEL_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+# Pixels that the text of `model_queue` needs to show progress in
+STATUS_HEIGHT = 60
 CSS = ".gradio-container { max-width: 1100px !important; margin: 0 auto; }"
 
 
@@ -70,6 +70,19 @@ def launch(demo: Any, *, warm_up: Callable[[], Any] | None = None, **options: An
         "footer_links": ["api"],
     }
     return demo.launch(**(settings | options))
+
+
+def model_queue(status: Any) -> dict[str, Any]:
+    """Options of an event that runs the model: they take turns, whichever button they come from.
+
+    status  the Markdown that shows progress and failure; Gradio would cover every earlier result with them
+    """
+    return {"concurrency_id": "model", "concurrency_limit": 1, "show_progress_on": status}
+
+
+def forget(file: Any, *, after: Any) -> None:
+    """Empties the box of a file once its event has ended, as the server has it no longer."""
+    after.then(None, None, file, js="() => null")
 
 
 def choose_cells(examples: str, label: str = "Your cells (.h5ad, raw counts)") -> tuple[Any, Any, Any]:
